@@ -1,0 +1,121 @@
+"""Run a benchmark: ``python -m benchmarks.run truegrad [--cases bert mlp-256] [--quick]``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import benchmarks
+from benchmarks import results
+from benchmarks.harness import Benchmark, Case, Settings, run_case, say
+from benchmarks.tables import case_table
+
+QUICK = {"rounds": 2, "block_seconds": 0.0, "warm_up_steps": 2}
+DEFAULT_START_ROUNDS = 3  # of a case measured by starts, each of which takes minutes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status, 1 if a baseline failed."""
+    options = _parser().parse_args(arguments)
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # so that workers and caches are cleared
+    if options.list or not options.benchmark:
+        return _list()
+    benchmark = find(options.benchmark)
+    settings = _settings(options)
+    cases = _chosen(benchmark.cases(settings.quick), options.cases, options.rivals)
+    partial = settings.quick or options.rivals is not None
+    folder = options.output or (results.SCRATCH_FOLDER if partial else results.FOLDER)
+    baselines_ran = True
+    for case in cases:
+        by_starts = case.measure == "starts" and options.rounds is None and not settings.quick
+        record = run_case(case, replace(settings, rounds=DEFAULT_START_ROUNDS) if by_starts else settings)
+        baselines_ran &= record["rivals"].get(case.baseline, {}).get("status") == "ok"
+        path = results.store(folder, benchmark.name, {case.name: record})  # case by case: a long run may be interrupted
+        print(case_table(case.name, record))
+        say(f"written to {path}")
+    return 0 if baselines_ran else 1
+
+
+def find(name: str) -> Benchmark:
+    """The benchmark that the module ``benchmarks/<name>.py`` offers."""
+    if name not in names():
+        raise SystemExit(f"no benchmark is called {name!r}; there are {', '.join(names())}")
+    benchmark: Benchmark = importlib.import_module(f"benchmarks.{name}").BENCHMARK
+    return benchmark
+
+
+def names() -> list[str]:
+    """The modules of this folder that offer a benchmark."""
+    found = []
+    for module in pkgutil.iter_modules(benchmarks.__path__):
+        source = Path(benchmarks.__path__[0], f"{module.name}.py")
+        if source.exists() and re.search(r"^BENCHMARK\b", source.read_text(), flags=re.MULTILINE):
+            found.append(module.name)
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("benchmark", nargs="?", help="see --list")
+    parser.add_argument("--list", action="store_true", help="the benchmarks, their cases and their rivals")
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help="only these")
+    parser.add_argument("--rivals", nargs="+", metavar="RIVAL", help="only these, and the baseline of each case")
+    parser.add_argument("--quick", action="store_true", help="small models, few rounds: does it run at all?")
+    parser.add_argument("--rounds", type=int, help=f"turns of each rival (default {Settings.rounds})")
+    parser.add_argument("--block-seconds", type=float, help=f"length of a turn (default {Settings.block_seconds})")
+    parser.add_argument("--threads", type=int, default=Settings.threads, help="torch's threads (default %(default)s)")
+    parser.add_argument("--no-check", action="store_true", help="do not compare the rivals' numbers first")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for the JSON (default benchmarks/results; for quick and partial runs its folder scratch)",
+    )
+    return parser
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    settings = Settings(threads=options.threads, check=not options.no_check, quick=options.quick)
+    if options.quick:
+        settings = replace(settings, **QUICK)
+    given = {"rounds": options.rounds, "block_seconds": options.block_seconds}
+    return replace(settings, **{name: value for name, value in given.items() if value is not None})
+
+
+def _chosen(cases: tuple[Case, ...], wanted: list[str] | None, rivals: list[str] | None) -> list[Case]:
+    known = [case.name for case in cases]
+    if unknown := set(wanted or ()) - set(known):
+        raise SystemExit(f"no case is called {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    chosen = [case for case in cases if wanted is None or case.name in wanted]
+    if rivals is None:
+        return chosen
+    known = list(dict.fromkeys(rival.name for case in chosen for rival in case.rivals))
+    if unknown := set(rivals) - set(known):
+        raise SystemExit(f"no rival is called {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    return [
+        replace(case, rivals=tuple(rival for rival in case.rivals if rival.name in (*rivals, case.baseline)))
+        for case in chosen
+    ]
+
+
+def _list() -> int:
+    for name in names():
+        benchmark = find(name)
+        print(f"{name}: {benchmark.title}")
+        for case in benchmark.cases(False):
+            print(f"  {case.name}: {case.title}")
+            for rival in case.rivals:
+                print(f"    {rival.name}" + (" (baseline)" if rival.name == case.baseline else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,13 @@
+"""graphopt: a compiler for training PyTorch models.
+
+    model = graphopt.transform(model)        # or torch.compile(model, backend="graphopt")
+"""
+
+from graphopt import _compat as _compat  # first: it checks the torch version
+from graphopt import annotations as annotations
+from graphopt import optim as optim
+from graphopt import passes as passes
+from graphopt.errors import GraphoptError as GraphoptError
+from graphopt.transform import records as records
+from graphopt.transform import restore as restore
+from graphopt.transform import transform as transform

@@ -1,0 +1,71 @@
+"""Every private or semi-private torch name that graphopt uses, with the version in which it was read.
+
+Read in torch 2.13.0. The supported range is checked here, so that a torch outside of it fails at ``import graphopt`` with one
+clear message, rather than later with an unexplained one.
+"""
+
+# ruff: noqa: E402  the version is checked before the private names are imported
+
+import re
+
+import torch
+
+_OLDEST, _NEWEST = (2, 11), (2, 15)
+_found = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+if not _OLDEST <= _found <= _NEWEST:
+    raise ImportError(
+        f"graphopt needs torch >=2.11,<2.16 and found {torch.__version__}: it relies on parts of torch.compile that change "
+        "between releases. Type: pip install 'torch>=2.11,<2.16'"
+    )
+
+import torch._dynamo
+from torch._dynamo.exc import (
+    BackendCompilerFailed as BackendCompilerFailed,
+)
+from torch._dynamo.exc import (
+    TensorifyScalarRestartAnalysis as RestartCapture,  # the only request to trace a frame again that a backend may raise
+)
+from torch._dynamo.source import LocalSource as LocalSource
+from torch._dynamo.source import is_from_unspecialized_nn_module_source as is_from_module_source
+from torch._guards import CompileContext as CompileContext
+from torch._guards import Source as Source
+from torch._higher_order_ops.wrap import tag_activation_checkpoint as tag_activation_checkpoint
+from torch._inductor.compile_fx import compile_fx as compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
+from torch._inductor.decomposition import register_decomposition as register_inductor_decomposition
+from torch._library.custom_ops import CustomOpDef as CustomOpDef
+from torch._subclasses.fake_tensor import FakeCopyMode as FakeCopyMode
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast as enter_autocast
+from torch.amp.autocast_mode import _exit_autocast as exit_autocast
+from torch.fx.experimental.proxy_tensor import make_fx as make_fx
+from torch.fx.node import Argument as Argument
+from torch.utils.checkpoint import CheckpointPolicy as CheckpointPolicy
+
+maybe_mark_dynamic = torch._dynamo.maybe_mark_dynamic
+disable_autocast = torch._C._DisableAutocast
+is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+set_grad_enabled_op = torch._C._set_grad_enabled  # the node that a torch.no_grad() region leaves in a lowered graph
+
+
+def current_graph_task() -> int:
+    """Number of the backward pass that is running on this thread, -1 outside one."""
+    return torch._C._current_graph_task_id()
+
+
+def call_after_backward(function: object) -> None:
+    """Call ``function()`` when the backward pass that is running on this thread has ended."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)  # type: ignore[attr-defined]
+
+
+def autocast_kernel(op: torch._ops.OpOverload, device_type: str) -> bool:
+    """Whether autocast changes the dtypes of this operator's arguments on this kind of device."""
+    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}.get(device_type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)
+
+
+def size_hint(shape_env: object, size: object) -> int:
+    """The value that a symbolic size had when its graph was captured."""
+    hint = getattr(shape_env, "optimization_hint", None) or shape_env.size_hint  # type: ignore[attr-defined]  # before 2.13
+    return int(hint(size))

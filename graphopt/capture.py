@@ -1,0 +1,357 @@
+"""From Dynamo's graph to the one representation that passes work on: ATen before autograd, inputs named, samples marked.
+
+`lower` retraces Dynamo's graph with ``make_fx(pre_dispatch=True)``: about a hundred ATen operators with schemas, where
+``aten.linear`` or ``aten.layer_norm`` still stand as single nodes and the graph is still differentiable. Three things that
+Dynamo leaves implicit are made explicit on the way, so that no pass and no compiler has to know about them:
+
+* autocast: the casts are nodes, the ``with torch.autocast(...)`` regions are gone;
+* activation checkpointing: the body stands inline, its nodes tagged for the partitioner to recompute;
+* which inputs hold samples: `mark_samples` marks one axis of each input as dynamic before Dynamo looks, and `sample_axis`
+  finds the mark again. The symbol that Dynamo makes of it follows the samples through the graph.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
+
+from graphopt import _compat
+from graphopt.annotations import Key
+from graphopt.errors import OptionError
+from graphopt.inspect.location import plain_name
+
+SampleAxisOption = int | None | Mapping[str, int | None]
+
+_sample_axes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> axis that counts samples, or None
+_checkpoint_ids = itertools.count(1)
+
+
+class InputKind(Enum):
+    """What an input of a captured graph is."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    SAMPLES = "samples"
+    CONSTANT = "constant"  # a tensor without samples: a table, a mask that all samples share
+    SIZE = "size"  # a SymInt
+    COMPANION = "companion"  # added by a pass, bound by the runtime
+
+
+@dataclass(frozen=True)
+class Input:
+    """One placeholder of a captured graph.
+
+    Attributes:
+        kind: what it is.
+        name: the parameter's qualified name, or the argument's name.
+        sample_axis: the axis that counts samples, for `InputKind.SAMPLES`.
+        requires_grad: whether gradients flow to it.
+        companion_of: for a companion, the position of its parameter among the inputs.
+        annotation: for a companion, what its gradient is.
+        num_samples: for a companion, how many samples enter at each call, as an expression in the sizes of the inputs.
+    """
+
+    kind: InputKind
+    name: str
+    sample_axis: int | None = None
+    requires_grad: bool = False
+    companion_of: int | None = None
+    annotation: Key[Any] | None = None
+    num_samples: sympy.Expr = sympy.S.One
+
+
+@dataclass
+class CapturedGraph:
+    """A lowered graph together with what its inputs are.
+
+    Attributes:
+        graph_module: ATen operators before autograd; ``node.meta["val"]`` holds fake values.
+        inputs: one for each placeholder, in order.
+        fake_inputs: the fake tensors and symbols of the inputs, in order.
+        fake_mode: the mode they live in.
+        grad_enabled: whether the graph is entered with gradients enabled.
+        output_sample_axes: the axis of each output that counts samples, or ``None``, as far as a pass has found out; graphs
+            behind a graph break read it off the tensors.
+    """
+
+    graph_module: GraphModule
+    inputs: list[Input]
+    fake_inputs: list[Any]
+    fake_mode: _compat.FakeTensorMode
+    grad_enabled: bool = True
+    output_sample_axes: tuple[int | None, ...] | None = None
+
+    @property
+    def placeholders(self) -> list[Node]:
+        """The graph's placeholders, in the order of ``inputs``."""
+        return list(self.graph_module.graph.find_nodes(op="placeholder"))
+
+    @property
+    def output_nodes(self) -> list[Any]:
+        """What the graph returns: nodes, or constants."""
+        (output,) = self.graph_module.graph.find_nodes(op="output")
+        return pytree.tree_leaves(output.args[0])
+
+    def copy(self) -> CapturedGraph:
+        """A graph that a pass may change; nodes are new, fake values are shared."""
+        graph_module = GraphModule(self.graph_module, copy.deepcopy(self.graph_module.graph))
+        graph_module.meta = dict(self.graph_module.meta)
+        return CapturedGraph(
+            graph_module,
+            list(self.inputs),
+            list(self.fake_inputs),
+            self.fake_mode,
+            self.grad_enabled,
+            self.output_sample_axes,
+        )
+
+    def __repr__(self) -> str:
+        kinds = {kind.value: sum(i.kind is kind for i in self.inputs) for kind in InputKind}
+        return f"CapturedGraph({len(self.graph_module.graph.nodes)} nodes, inputs={kinds})"
+
+
+@dataclass
+class NamedTensors:
+    """Names of the parameters and buffers of a model that is known; empty for ``torch.compile(backend="graphopt")``."""
+
+    names: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> NamedTensors:
+        """Names by identity; a tied parameter has its first name."""
+        named = itertools.chain(model.named_parameters(), model.named_buffers())
+        return cls({id(tensor): name for name, tensor in named})
+
+
+def mark_samples(forward: Callable[..., Any], args: Any, kwargs: Any, option: SampleAxisOption = 0) -> None:
+    """Remember which axis of each input counts samples, and ask Dynamo to keep it symbolic.
+
+    Args:
+        forward: the model's forward; its signature names the arguments.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        option: the axis, or a mapping from argument name to axis or ``None`` (no samples); names not given use axis 0.
+
+    Raises:
+        OptionError: an axis that a tensor does not have, or a name that ``forward`` does not take.
+    """
+    if isinstance(option, Mapping):
+        bound = inspect.signature(forward).bind(*args, **kwargs).arguments
+        named = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
+        if unknown := sorted(set(option) - set(inspect.signature(forward).parameters) - set(named)):
+            raise OptionError(f"sample_axis names {unknown}, which forward does not take; it takes {sorted(named)}")
+        for name, value in named.items():
+            for tensor in pytree.tree_leaves(value):
+                _mark(tensor, option.get(name, 0), name)
+    else:
+        for tensor in pytree.tree_leaves((args, kwargs)):
+            _mark(tensor, option, "an input")
+
+
+def set_sample_axis(tensor: Tensor, axis: int | None) -> None:
+    """Remember the axis without asking Dynamo for a symbol: what the runtime does with a graph's outputs."""
+    _sample_axes[tensor] = axis
+
+
+def needs_restart(inputs: Sequence[Input], example_inputs: Sequence[Any]) -> bool:
+    """Mark inputs that Dynamo saw before they were marked; true if it has to look again.
+
+    This is how ``torch.compile(model, backend="graphopt")``, where nobody sees the inputs before Dynamo does, and the graphs
+    behind a graph break find their samples. The caller raises `_compat.RestartCapture`.
+    """
+    again = False
+    for described, value in zip(inputs, example_inputs, strict=True):
+        axis = described.sample_axis
+        if axis is None or not isinstance(value, Tensor) or value.shape[axis] < 2:
+            continue
+        if axis not in getattr(value, "_dynamo_weak_dynamic_indices", ()):
+            _compat.maybe_mark_dynamic(value, axis)
+            again = True
+    return again
+
+
+def describe_inputs(
+    graph_module: GraphModule, example_inputs: Sequence[Any], named: NamedTensors, option: SampleAxisOption = 0
+) -> list[Input]:
+    """Say what each placeholder of Dynamo's graph is; reads the real tensors, the fakes know nothing of identity."""
+    described = []
+    for node, value in zip(graph_module.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        source = _source(node)
+        name = named.names.get(id(value)) or plain_name(source.name if source is not None else node.name)
+        if not isinstance(value, Tensor):
+            described.append(Input(InputKind.SIZE, name))
+        elif isinstance(value, nn.Parameter):
+            described.append(Input(InputKind.PARAMETER, name, requires_grad=value.requires_grad))
+        elif id(value) in named.names or (value not in _sample_axes and not _is_argument(source)):
+            described.append(Input(InputKind.BUFFER, name, requires_grad=value.requires_grad))
+        else:
+            axis = _sample_axes[value] if value in _sample_axes else _default_axis(value, name, option)
+            kind = InputKind.CONSTANT if axis is None else InputKind.SAMPLES
+            described.append(Input(kind, name, sample_axis=axis, requires_grad=value.requires_grad))
+    return described
+
+
+def lower(graph_module: GraphModule, inputs: list[Input]) -> CapturedGraph:
+    """Retrace Dynamo's graph into ATen before autograd; Dynamo's own graph is not touched.
+
+    Args:
+        graph_module: what Dynamo handed to the backend.
+        inputs: from `describe_inputs`.
+
+    Returns:
+        The graph that passes work on.
+    """
+    fakes = [node.meta["example_value"] for node in graph_module.graph.find_nodes(op="placeholder")]
+    fake_mode = next((f.fake_mode for f in fakes if isinstance(f, _compat.FakeTensor)), None)
+    fake_mode = fake_mode or _compat.FakeTensorMode()
+    _join_sample_sizes(inputs, fakes)
+    interpreter = _Lowering(graph_module)
+    with fake_mode, torch.fx.traceback.preserve_node_meta(), _fresh_autocast_cache():
+        lowered = _compat.make_fx(interpreter.run, pre_dispatch=True)(*fakes)
+    for node, original in zip(
+        lowered.graph.find_nodes(op="placeholder"), graph_module.graph.find_nodes(op="placeholder"), strict=True
+    ):
+        node.meta.pop("_dynamo_source", None)
+        node.name = original.name.removeprefix("l_").rstrip("_") if original.name.startswith("l_") else original.name
+    _make_autocast_explicit(lowered.graph)
+    lowered.recompile()
+    return CapturedGraph(lowered, list(inputs), list(fakes), fake_mode, torch.is_grad_enabled())
+
+
+class _Lowering(Interpreter):
+    """Runs Dynamo's graph for `make_fx`, with autocast regions as state and checkpointed bodies inline."""
+
+    def __init__(self, graph_module: GraphModule, meta: Mapping[str, Any] | None = None) -> None:
+        super().__init__(graph_module)
+        self._extra_meta = dict(meta or {})
+
+    def run_node(self, n: Node) -> Any:
+        with self._set_current_node(n):
+            meta = torch.fx.traceback.get_current_meta()
+            meta.update(self._extra_meta)
+            if state := _autocast_state():
+                meta["custom"] = {**meta.get("custom", {}), "autocast": state}
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            return getattr(self, n.op)(n.target, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in (_compat.enter_autocast, _compat.exit_autocast):
+            with torch._C.DisableTorchFunction():  # change the state, and leave no node
+                return target(*args, **kwargs)
+        if target is _compat.tag_activation_checkpoint:
+            body, *operands = args
+            tags = {"recompute": _compat.CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": next(_checkpoint_ids)}
+            return _Lowering(body, {**self._extra_meta, **tags}).run(*operands)
+        return super().call_function(target, args, kwargs)
+
+
+def _make_autocast_explicit(graph: Graph) -> None:
+    """Insert the casts that autocast applies.
+
+    The fake values already have the dtypes that autocast gives. All its policies (lower precision, float32, widest) amount to
+    casting the floating arguments to the dtype of the result; float64 is left alone.
+    """
+    for node in list(graph.nodes):
+        state = node.meta.get("custom", {}).pop("autocast", None)
+        value = node.meta.get("val")
+        if state is None or not isinstance(value, Tensor) or not value.is_floating_point():
+            continue
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if value.device.type not in state or not _compat.autocast_kernel(node.target, value.device.type):
+            continue
+
+        def cast(argument: Node, dtype: torch.dtype = value.dtype, user: Node = node) -> Node:
+            fake = argument.meta.get("val")
+            if not isinstance(fake, Tensor) or not fake.is_floating_point() or fake.dtype in (dtype, torch.float64):
+                return argument
+            with graph.inserting_before(user):
+                copied = graph.call_function(torch.ops.aten._to_copy.default, (argument,), {"dtype": dtype})
+            copied.meta = {k: v for k, v in user.meta.items() if k != "val"}
+            copied.meta["val"] = fake.to(dtype)
+            return copied
+
+        node.args = torch.fx.map_arg(node.args, cast)
+        node.kwargs = torch.fx.map_arg(node.kwargs, cast)
+
+
+def _autocast_state() -> tuple[str, ...] | None:
+    enabled = tuple(device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device))
+    return enabled or None
+
+
+@contextmanager
+def _fresh_autocast_cache() -> Iterator[None]:
+    """Autocast remembers casts of parameters: a cast that was traced must not be found again outside the trace."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+def _join_sample_sizes(inputs: Sequence[Input], fakes: Sequence[Any]) -> None:
+    """Let inputs with as many samples as each other have one symbol for it, guarded, also where no operator demands it."""
+    sizes = [
+        fake.shape[described.sample_axis]
+        for described, fake in zip(inputs, fakes, strict=True)
+        if described.kind is InputKind.SAMPLES and described.sample_axis is not None
+    ]
+    symbolic = [size for size in sizes if isinstance(size, torch.SymInt)]
+    for size in symbolic[1:]:
+        bool(size == symbolic[0])  # evaluating it makes it a guard
+
+
+def _mark(value: Any, axis: int | None, name: str) -> None:
+    if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or value.ndim == 0:
+        return
+    if axis is not None:
+        axis = _checked_axis(value, axis, name)
+        if value.shape[axis] > 1 and axis not in getattr(value, "_dynamo_weak_dynamic_indices", ()):
+            _compat.maybe_mark_dynamic(value, axis)
+    _sample_axes[value] = axis
+
+
+def _default_axis(value: Tensor, name: str, option: SampleAxisOption) -> int | None:
+    axis = option.get(name.rpartition(".")[2], 0) if isinstance(option, Mapping) else option
+    return None if axis is None or value.ndim == 0 else _checked_axis(value, axis, name)
+
+
+def _checked_axis(value: Tensor, axis: int, name: str) -> int:
+    if not -value.ndim <= axis < value.ndim:
+        raise OptionError(
+            f"sample_axis={axis}, but {name} has shape {tuple(value.shape)}. Give the axis by argument name, "
+            "for example options={'sample_axis': {'input_ids': 0, 'table': None}}"
+        )
+    return operator.index(axis) % value.ndim
+
+
+def _source(node: Node) -> _compat.Source | None:
+    return getattr(node, "_dynamo_source", None) or getattr(node.meta.get("grapharg"), "source", None)
+
+
+def _is_argument(source: _compat.Source | None) -> bool:
+    """Whether an input came in through a call, rather than from a module's attribute or a global."""
+    if source is None:
+        return True
+    if _compat.is_from_module_source(source):
+        return False
+    base = source
+    while hasattr(base, "base"):
+        base = base.base
+    return isinstance(base, _compat.LocalSource)

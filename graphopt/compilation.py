@@ -1,0 +1,71 @@
+"""Hand a rewritten graph to a compiler."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from torch.fx import Graph, Interpreter
+
+from graphopt import _compat
+from graphopt.capture import CapturedGraph
+from graphopt.errors import OptionError
+from graphopt.pipeline import Pass
+
+Compiler = Literal["inductor", "aot_eager", "eager"]
+
+
+def check_compiler(compiler: str) -> None:
+    """Raise `OptionError` unless ``compiler`` is one that `compile_graph` knows."""
+    if compiler not in get_args(Compiler):
+        raise OptionError(f"compiler={compiler!r} is unknown; it is one of {list(get_args(Compiler))}")
+
+
+def compile_graph(
+    graph: CapturedGraph, compiler: str, passes: Sequence[Pass] = (), config: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile the graph, forward and backward.
+
+    Args:
+        graph: after all passes.
+        compiler: ``"inductor"`` (AOTAutograd and Inductor), ``"aot_eager"`` (AOTAutograd only) or ``"eager"`` (an interpreter).
+        passes: what made the graph; their uuids enter the keys of the compile caches.
+        config: Inductor settings for this graph.
+
+    Returns:
+        A function of the graph's inputs, flat and in order.
+    """
+    if compiler == "eager":
+        return Interpreter(graph.graph_module).run
+    module = graph.copy().graph_module  # compilers take ownership
+    with _compat.disable_autocast():  # the casts are nodes already
+        if compiler == "aot_eager":
+            from torch._dynamo.backends.registry import lookup_backend
+
+            return lookup_backend("aot_eager")(module, graph.fake_inputs)  # type: ignore[no-any-return]
+        settings = {"post_grad_custom_pre_pass": _CacheKey(passes), **(config or {})}
+        return _compat.compile_fx(module, graph.fake_inputs, config_patches=settings)  # type: ignore[return-value]
+
+
+class _CacheKey(_compat.CustomGraphPass):
+    """Changes nothing: it carries the identity of graphopt's passes into the keys of Inductor's and AOTAutograd's caches.
+
+    Without it, a new version of a ``graphopt::`` op's decomposition would find the code that the old one was compiled to.
+    """
+
+    def __init__(self, passes: Sequence[Pass]) -> None:
+        super().__init__()
+        self._uuids = tuple(item.uuid for item in passes)
+
+    def __call__(self, graph: Graph) -> None:
+        pass
+
+    def uuid(self) -> Any:
+        return _digest(self._uuids)
+
+
+@functools.cache
+def _digest(uuids: tuple[str, ...]) -> str:
+    return "graphopt-" + hashlib.sha256(repr(uuids).encode()).hexdigest()

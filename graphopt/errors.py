@@ -1,0 +1,33 @@
+"""Every exception and warning that graphopt raises on purpose, each derived from the built-in type that fits."""
+
+
+class GraphoptError(Exception):
+    """Base of all graphopt errors: ``except graphopt.GraphoptError`` catches every one of them."""
+
+
+class OptionError(GraphoptError, ValueError):
+    """An option has a value, a name or a combination that means nothing."""
+
+
+class PassError(GraphoptError, RuntimeError):
+    """A pass failed or left an invalid graph behind; the graph that it was given is unchanged."""
+
+
+class UnsupportedError(GraphoptError, NotImplementedError):
+    """A trainable parameter is used in a way that a pass cannot serve; the text names each such use."""
+
+
+class SampleAxisError(GraphoptError, ValueError):
+    """The graph does not say which axis of its inputs counts the samples."""
+
+
+class MissingAnnotation(GraphoptError, LookupError):
+    """A parameter does not carry the annotation that was asked for."""
+
+
+class StaleAnnotation(GraphoptError, RuntimeError):
+    """``p.grad`` was changed in a way that its annotations cannot follow, so the pair no longer belongs together."""
+
+
+class UncapturedCall(UserWarning):
+    """A call of a transformed model ran outside any captured graph: right results, but no pass had any effect."""

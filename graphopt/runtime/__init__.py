@@ -1,0 +1,1 @@
+"""What runs at step time: companions are bound to their parameters, statistics are published after backward."""

@@ -1,0 +1,97 @@
+"""A compiled graph as Dynamo calls it: companions appended to the inputs, statistics awaited in backward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import sympy
+import torch
+from torch import Tensor
+
+from graphopt import _compat, annotations
+from graphopt.capture import CapturedGraph, InputKind, set_sample_axis
+from graphopt.runtime.statistics import Statistic, enter_backward
+
+
+class BoundGraph:
+    """Callable that Dynamo runs in place of the graph it captured."""
+
+    num_calls = 0  # of all graphs; `transform` compares it before and after a call of the model
+
+    def __init__(self, graph: CapturedGraph, compile_graph: Callable[[], Callable[..., Any]], frame: str) -> None:
+        self._frame = frame
+        companions = [described for described in graph.inputs if described.kind is InputKind.COMPANION]
+        self._params = [described.companion_of for described in companions if described.companion_of is not None]
+        self._counts = [_evaluator(described.num_samples, graph) for described in companions]
+        self._output_axes = graph.output_sample_axes
+        if companions:
+            annotations.expose()
+        self._compiled = compile_graph()  # last: compilers rename the symbols that the counts are written in
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the graph on Dynamo's flat arguments."""
+        BoundGraph.num_calls += 1
+        statistics = [Statistic.of(args[position]) for position in self._params]
+        for statistic in statistics:
+            statistic.forget_if_cleared()
+        companions = [statistic.companion for statistic in statistics]
+        if _compat.is_any_autocast_enabled():
+            with _compat.disable_autocast():
+                outputs = self._compiled(*args, *companions)
+        else:
+            outputs = self._compiled(*args, *companions)
+        if self._output_axes is not None:
+            self._tag(outputs)
+        if statistics and torch.is_grad_enabled():
+            self._await_backward(statistics, args, outputs)
+        return outputs
+
+    def _await_backward(self, statistics: Sequence[Statistic], args: Sequence[Any], outputs: Sequence[Any]) -> None:
+        differentiable = [value for value in outputs if isinstance(value, Tensor) and value.requires_grad]
+        if not differentiable:
+            return
+        counts = [count(args) for count in self._counts]
+        torch.autograd.graph.register_multi_grad_hook(
+            differentiable, lambda _: enter_backward(statistics, counts, self._frame), mode="any"
+        )
+
+    def _tag(self, outputs: Sequence[Any]) -> None:
+        assert self._output_axes is not None
+        for value, axis in zip(outputs, self._output_axes, strict=True):
+            if isinstance(value, Tensor):
+                set_sample_axis(value, axis)
+
+
+def _evaluator(size: sympy.Expr, graph: CapturedGraph) -> Callable[[Sequence[Any]], int]:
+    """A function that computes a size from the graph's inputs."""
+    if graph.fake_mode.shape_env is not None:
+        size = graph.fake_mode.shape_env.replace(size)  # symbols that were found to be equal have one name
+    symbols = sorted(size.free_symbols, key=str)
+    if not symbols:
+        value = int(cast(Any, size))
+        return lambda args: value
+    readers = [_reader(cast(sympy.Symbol, symbol), graph) for symbol in symbols]
+    if size.is_Symbol:
+        return readers[0]
+    compute = sympy.lambdify(symbols, size, modules="math")
+    return lambda args: int(compute(*(read(args) for read in readers)))
+
+
+def _reader(symbol: sympy.Symbol, graph: CapturedGraph) -> Callable[[Sequence[Any]], int]:
+    for position, fake in enumerate(graph.fake_inputs):
+        if isinstance(fake, torch.SymInt) and fake.node.shape_env.replace(fake.node.expr) == symbol:
+            return functools.partial(_read_size, position)
+        for axis, size in enumerate(fake.shape if isinstance(fake, Tensor) else ()):
+            if isinstance(size, torch.SymInt) and size.node.shape_env.replace(size.node.expr) == symbol:
+                return functools.partial(_read_axis, position, axis)
+    raise AssertionError(f"no input has the size {symbol}")
+
+
+def _read_size(position: int, args: Sequence[Any]) -> int:
+    return int(args[position])
+
+
+def _read_axis(position: int, axis: int, args: Sequence[Any]) -> int:
+    return int(args[position].shape[axis])

@@ -1,0 +1,264 @@
+"""`transform`, `restore`, and the ``torch.compile`` backend: one road from a model to compiled, rewritten graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils.weak import WeakIdKeyDictionary
+
+from graphopt import _compat
+from graphopt.capture import (
+    CapturedGraph,
+    InputKind,
+    NamedTensors,
+    SampleAxisOption,
+    describe_inputs,
+    lower,
+    mark_samples,
+    needs_restart,
+)
+from graphopt.compilation import check_compiler, compile_graph
+from graphopt.errors import GraphoptError, OptionError, UncapturedCall
+from graphopt.pipeline import Pass, PassRecord, Record, resolve_passes, run_passes
+from graphopt.runtime.bound_graph import BoundGraph
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_HANDLE = "_graphopt"  # where a transformed model keeps its `_Handle`
+_OWN_OPTIONS = ("passes", "compiler", "disable", "sample_axis", "fullgraph")
+
+_records_of: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> records of the graphs that use it
+
+
+def default_passes() -> list[Pass]:
+    """The passes that run when none are given."""
+    from graphopt.passes import TrueGrad
+
+    return [TrueGrad()]
+
+
+def transform(
+    model: Model,
+    passes: Sequence[Pass | str] | None = None,
+    *,
+    compiler: str = "inductor",
+    dynamic: bool | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Model:
+    """Compile ``model`` with graphopt's passes, in place.
+
+    Class, ``Parameter`` objects, ``state_dict`` keys, hooks and methods stay; only calling the model now runs rewritten,
+    compiled graphs. Graphs are captured at the first call, and again when a call does not fit those that exist.
+
+    Args:
+        model: any module. A model that is transformed already is transformed anew.
+        passes: pass objects or names, in order; the default is `default_passes`; ``[]`` compiles without rewriting.
+        compiler: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
+        dynamic: as in ``torch.compile``. The sample axis is dynamic in any case, so a ragged last batch needs no recompile.
+        options: ``sample_axis`` (int, or argument name to int or ``None``; default 0), ``disable`` (names of passes),
+            ``fullgraph`` (bool), and any setting of ``torch._inductor.config``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        OptionError: an unknown pass, compiler or option, before anything is changed.
+        GraphoptError: later, from the first call, if a pass cannot serve the model; the model is unchanged then.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"transform takes a torch.nn.Module and got {type(model).__name__}")
+    setup = Setup.parse({**(options or {}), "passes": passes, "compiler": compiler})
+    restore(model)
+    _Handle(setup, dynamic).attach(model)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo `transform`: the model runs as it was written. Parameters keep their values; does nothing if not transformed."""
+    if model.__dict__.pop(_HANDLE, None) is not None:
+        model.__dict__.pop("_compiled_call_impl", None)
+    return model
+
+
+def records(model: nn.Module) -> list[Record]:
+    """What was captured and rewritten so far, one record for each graph, in the order of compilation.
+
+    Works for transformed models and for ``torch.compile(model, backend="graphopt")``.
+    """
+    handle = model.__dict__.get(_HANDLE)
+    if isinstance(handle, _Handle):
+        return list(handle.records)
+    found: dict[int, Record] = {}
+    for parameter in model.parameters():
+        for record in _records_of.get(parameter, ()):
+            found.setdefault(id(record), record)
+    return list(found.values())
+
+
+def backend(
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The ``torch.compile`` backend ``"graphopt"``, registered by entry point.
+
+    Args:
+        graph_module: Dynamo's graph.
+        example_inputs: its inputs.
+        mode: one of Inductor's modes, such as ``"max-autotune"``.
+        options: as in `transform`, and ``passes`` and ``compiler``.
+
+    Returns:
+        The callable that runs the rewritten graph.
+    """
+    settings = dict(torch._inductor.list_mode_options(mode)) if mode else {}
+    return Setup.parse({**settings, **(options or {})}).compile(graph_module, example_inputs)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Checked options: everything that decides how a graph is compiled."""
+
+    passes: tuple[Pass, ...]
+    compiler: str = "inductor"
+    sample_axis: SampleAxisOption = 0
+    fullgraph: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any]) -> Setup:
+        """Split graphopt's options from Inductor's, and check both."""
+        compiler = options.get("compiler") or "inductor"
+        check_compiler(compiler)
+        passes = options.get("passes")
+        resolved = resolve_passes(default_passes() if passes is None else passes, options.get("disable", ()))
+        config = {key.replace("-", "_"): value for key, value in options.items() if key not in _OWN_OPTIONS}
+        known = torch._inductor.list_options()
+        if unknown := sorted(set(config) - set(known)):
+            raise OptionError(
+                f"unknown options {unknown}; graphopt's are {sorted(_OWN_OPTIONS)}, all others must be settings of "
+                "torch._inductor.config (torch._inductor.list_options() names them)"
+            )
+        axis = options.get("sample_axis", 0)
+        if isinstance(axis, bool) or not isinstance(axis, int | Mapping | None):
+            raise OptionError(f"sample_axis is {axis!r}; it is an int, None, or a dict from argument name to int or None")
+        return cls(tuple(resolved), compiler, axis, bool(options.get("fullgraph", False)), config)
+
+    def compile(
+        self,
+        graph_module: GraphModule,
+        example_inputs: Sequence[Any],
+        named: NamedTensors | None = None,
+        keep: Callable[[Record], None] | None = None,
+    ) -> Callable[..., Any]:
+        """Capture, rewrite, compile and bind one graph of Dynamo's."""
+        inputs = describe_inputs(graph_module, example_inputs, named or NamedTensors(), self.sample_axis)
+        if self.passes and needs_restart(inputs, example_inputs):
+            raise _compat.RestartCapture("the sample axis of an input was not marked dynamic")
+        start = time.perf_counter()
+        captured = lower(graph_module, inputs)
+        lowered = time.perf_counter()
+        graph, passes = run_passes(captured, self.passes)
+        rewritten = time.perf_counter()
+        identity = _compat.CompileContext.current_compile_id()
+        frame = str(getattr(identity, "frame_id", identity))
+        bound = BoundGraph(graph, lambda: compile_graph(graph, self.compiler, self.passes, self.config), frame)
+        finished = time.perf_counter()
+        seconds = {"capture": lowered - start, "passes": rewritten - lowered, "compile": finished - rewritten}
+        record = _record(captured, graph, passes, seconds)
+        if keep is not None:
+            keep(record)
+        for described, value in zip(inputs, example_inputs, strict=True):
+            if described.kind is InputKind.PARAMETER:
+                _records_of.setdefault(value, []).append(record)
+        return bound
+
+
+class _Handle:
+    """What a transformed model carries in its ``__dict__``: options, records, and the compiled call.
+
+    ``deepcopy`` of the model makes a transformed copy with a handle of its own; pickling drops it, so that a saved model loads
+    without graphopt.
+    """
+
+    def __init__(self, setup: Setup, dynamic: bool | None) -> None:
+        self.setup = setup
+        self.dynamic = dynamic
+        self.records: list[Record] = []
+        self._model: nn.Module | None = None
+
+    def attach(self, model: nn.Module) -> None:
+        self._model = model
+
+        def call(*args: Any, **kwargs: Any) -> Any:  # Dynamo skips frames of torch.nn's own classes, but not this one
+            return model._call_impl(*args, **kwargs)
+
+        def compile_one(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            return self.setup.compile(graph_module, example_inputs, NamedTensors.of(model), self.records.append)
+
+        functools.update_wrapper(compile_one, backend)
+        compiled = torch.compile(
+            call, backend=compile_one, dynamic=self.dynamic, fullgraph=self.setup.fullgraph
+        )
+        model.__dict__[_HANDLE] = self
+        model.__dict__["_compiled_call_impl"] = _entry(model, compiled, self.setup)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Handle:
+        clone = _Handle(self.setup, self.dynamic)
+        copied = memo.get(id(self._model))
+        if isinstance(copied, nn.Module):
+            clone.attach(copied)
+        return clone
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def __repr__(self) -> str:
+        return f"_Handle(passes={[item.name for item in self.setup.passes]}, {len(self.records)} graphs)"
+
+
+def _entry(model: nn.Module, compiled: Callable[..., Any], setup: Setup) -> Callable[..., Any]:
+    """The function that ``model(...)`` calls."""
+    warned = False
+
+    @torch._dynamo.disable(recursive=False)  # type: ignore[misc]
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        nonlocal warned
+        if setup.passes:
+            mark_samples(model.forward, args, kwargs, setup.sample_axis)
+        before = BoundGraph.num_calls
+        try:
+            outputs = compiled(*args, **kwargs)
+        except _compat.BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, GraphoptError):
+                raise error.inner_exception from None
+            raise
+        if BoundGraph.num_calls == before and not warned and any(True for _ in model.parameters()):
+            warned = True
+            warnings.warn(
+                f"a call of the transformed {type(model).__name__} ran outside any captured graph, so no pass had any effect: "
+                "Dynamo skipped it (torch.compiler.disable, set_stance('force_eager'), TORCHDYNAMO_DISABLE or a model without "
+                "tensor operations). TORCH_LOGS=dynamo says why",
+                UncapturedCall,
+                stacklevel=2,
+            )
+        return outputs
+
+    return entry
+
+
+def _record(
+    captured: CapturedGraph, graph: CapturedGraph, passes: tuple[PassRecord, ...], seconds: dict[str, float]
+) -> Record:
+    return Record(captured.graph_module, graph.graph_module, passes, seconds)

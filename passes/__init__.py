@@ -1,0 +1,6 @@
+"""The rewriting passes. This folder installs as ``graphopt.passes``."""
+
+if __name__ != "graphopt.passes":
+    raise ImportError("import graphopt.passes, not passes: a second copy would register every rule twice")
+
+from graphopt.passes.truegrad import TrueGrad as TrueGrad

@@ -1,0 +1,347 @@
+"""Rewrite one graph: decide how each parameter is served, then do it.
+
+A parameter is served by **closed forms** if it meets samples directly, or through views that do not overlap, in operators that
+have one. Otherwise, if it is tied, computed with, or met in an operator without a closed form, it is **batched**: its gradient
+goes through `ops.per_sample`, which receives one gradient for each sample. From there the derivative of whatever lies between
+the parameter and the samples is applied to all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.func import jvp, vmap
+
+from graphopt import _compat
+from graphopt.capture import CapturedGraph
+from graphopt.inspect.location import describe, operator_name
+from graphopt.passes.truegrad import ops  # noqa: F401  registers torch.ops.graphopt
+from graphopt.passes.truegrad import rules  # noqa: F401  registers the rules
+from graphopt.passes.truegrad._registry import ClosedForm, Declined, batched_rules, closed_rules
+from graphopt.passes.truegrad.editor import Editor
+from graphopt.passes.truegrad.rules.embedding import check as check_embedding
+from graphopt.passes.truegrad.rules.tied_embedding import is_tied_embedding, rewrite_tied_embedding
+from graphopt.passes.truegrad.sample_axis import Free, Layout, Layouts, SampleAxis, Size, is_pointwise, shape_of
+from graphopt.passes.truegrad.uses import Use, Uses, overlap
+from graphopt.pipeline import Coverage, Status
+
+aten = torch.ops.aten
+
+# Operators that accept an operand with a sample axis wherever they accept one that broadcasts over samples.
+_BROADCASTING = frozenset(
+    [aten.expand.default, aten.broadcast_to.default, aten.where.self, aten.scaled_dot_product_attention.default, aten.lerp.Tensor]
+)
+
+
+class Rewriter:
+    """The state of one rewrite; what rules see of it is `_registry.Context`."""
+
+    def __init__(
+        self, graph: CapturedGraph, layouts: Layouts, uses: Uses, *, per_token: bool, square_dtype: torch.dtype | None
+    ) -> None:
+        self.graph = graph
+        self.editor = Editor(graph)
+        self.layouts = layouts
+        self.uses = uses
+        self.per_token = per_token
+        self.square_dtype = square_dtype
+        self.coverage: dict[Node, Coverage] = {}
+        self._closed: dict[Node, ClosedForm] = {}
+        self._tangents: dict[Node, Node] = {}
+        self._batched: dict[tuple[Node, Any], Node] = {}
+        self._nums = {param: self._num_samples(found) for param, found in uses.of.items() if param not in uses.problems}
+
+    # What rules ask ----------------------------------------------------------------------------------------------------------
+
+    def layout(self, node: Any) -> Layout:
+        """Where the samples are in a value; `Free` for anything that is not a node."""
+        found = self.layouts.get(node, Free()) if isinstance(node, Node) else Free()
+        return found if not isinstance(found, list) else Free()
+
+    def sample_axis(self, node: Node) -> SampleAxis:
+        """The layout of a value that has samples."""
+        layout = self.layout(node)
+        assert isinstance(layout, SampleAxis), describe(node)
+        return layout
+
+    def companion(self, value: Node) -> Node:
+        """The companion of the parameter that ``value`` is a view of, seen through the same views."""
+        chain = (self.uses.selections if self.per_token else self.uses.views)[value]
+        companion = self.editor.companion(chain.root, self._count(chain.root))
+        return self.editor.replay(chain.root, chain.steps, companion)
+
+    def tangent(self, value: Node) -> Node:
+        """(N, *value.shape): where the per-sample gradients of ``value`` arrive."""
+        if value not in self._tangents:
+            with self.editor.after(value):
+                self._tangents[value] = self._make_tangent(value)
+        return self._tangents[value]
+
+    def batched(self, value: Node, like: Node) -> Node:
+        """``value`` with one row for each sample (or position), shaped so that it broadcasts against ``like``."""
+        layout = self.sample_axis(like)
+        editor, ndim = self.editor, like.meta["val"].ndim
+        if self.per_token:
+            sizes = [editor.size(size) for size in _sizes(like)]
+            return editor.call(torch.ops.graphopt.per_position.default, value, self.companion(value), sizes)
+        missing = ndim - value.meta["val"].ndim
+        shape: list[Any] = [1] * missing + [editor.size(size) for size in _sizes(value)]
+        if shape[layout.axis] != 1:
+            raise _Unserved(f"its own axis of {shape[layout.axis]} rows lies where the samples are")
+        own = editor.call(aten.reshape.default, editor.detached(value), shape) if missing else editor.detached(value)
+        rows = list(editor.rows(layout))
+        before, behind = shape[: layout.axis], shape[layout.axis + 1 :]
+        tangent = self.tangent(value)
+        tangent = editor.call(aten.reshape.default, tangent, [rows[1], *before, *behind])
+        tangent = editor.call(aten.movedim.int, tangent, 0, layout.axis)
+        if not layout.is_plain:
+            tangent = editor.call(aten.unsqueeze.default, editor.call(aten.unsqueeze.default, tangent, layout.axis), layout.axis + 2)
+            tangent = editor.call(aten.expand.default, tangent, [*before, *rows, *behind])
+            total = editor.size(layout.outer * layout.num * layout.inner)
+            tangent = editor.call(aten.reshape.default, tangent, [*before, total, *behind])
+            own = editor.call(aten.expand.default, own, [*before, total, *behind])
+        else:
+            own = editor.call(aten.expand.default, own, [*before, rows[1], *behind])
+        return editor.call(torch.ops.graphopt.with_tangent.default, own, tangent)
+
+    # The rewrite -------------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Serve every parameter that can be served; the others are in ``uses.problems``. Returns the number of changes."""
+        tied, closed, batched = self._plan()
+        changed = 0
+        for param in tied:
+            for node in rewrite_tied_embedding(param, self.uses.of[param], self):
+                self._closed.pop(node, None)
+                self._erase(node)
+                changed += 1
+        for node, form in self._closed.items():
+            if any(value in self._closed_values for value in form.values):
+                with self.editor.before(node):
+                    node.replace_all_uses_with(form.emit())
+                self._erase(node)
+                changed += 1
+        changed += self._batch(batched)
+        del closed
+        return changed
+
+    def _plan(self) -> tuple[list[Node], list[Node], set[Node]]:
+        candidates = [param for param, found in self.uses.of.items() if found and param not in self.uses.problems]
+        for node in {use.node for param in candidates for use in self.uses.of[param]}:
+            form = closed_rules[node.target](node, self) if node.target in closed_rules else Declined("no closed form")
+            if isinstance(form, ClosedForm):
+                self._closed[node] = form
+        tied = [p for p in candidates if len(self.uses.of[p]) > 1 and is_tied_embedding(p, self.uses.of[p], self)]
+        batched = {param for param in candidates if param not in tied and not self._is_closed(param)}
+        while spread := self._beside(batched, candidates):  # an operator is rewritten for all its parameters, or for none
+            tied = [param for param in tied if param not in spread]
+            batched |= spread
+        for node in list(self._closed):
+            if any(self.uses.params[v] & batched for v in self._closed[node].values):
+                del self._closed[node]
+        closed = [param for param in candidates if param not in batched and param not in tied]
+        self._closed_values = {use.value for param in closed for use in self.uses.of[param]}
+        self._report(tied, closed, batched)
+        return tied, closed, batched
+
+    def _is_closed(self, param: Node) -> bool:
+        found = self.uses.of[param]
+        chains = self.uses.selections if self.per_token else self.uses.views
+        if not all(use.value in chains and use.node in self._closed and use.value in self._closed[use.node].values for use in found):
+            return False
+        return self.per_token or not overlap([chains[use.value] for use in found])
+
+    def _beside(self, batched: set[Node], candidates: list[Node]) -> set[Node]:
+        """Parameters with a closed form that share an operator, or a value, with a batched one."""
+        nodes = {use.node for param in batched for use in self.uses.of[param]}
+        values = [value for value, params in self.uses.params.items() if params & batched]
+        together = {p for value in values for p in self.uses.params[value]}
+        return {p for p in candidates if p not in batched and (p in together or any(u.node in nodes for u in self.uses.of[p]))}
+
+    def _batch(self, batched: set[Node]) -> int:
+        """Rewrite the frontier of the batched parameters, one operator at a time."""
+        frontier = defaultdict(set)
+        for param in batched:
+            for use in self.uses.of[param]:
+                frontier[use.node].add(param)
+        failed: dict[Node, str] = {}
+        for node in [node for node in self.editor.graph.nodes if node in frontier]:
+            with self.editor.before(node):
+                try:
+                    new = self._batched_node(node)
+                except _Unserved as problem:
+                    new = Declined(str(problem))
+            if isinstance(new, Declined):
+                for param in frontier[node]:
+                    failed.setdefault(param, f"{describe(node)}: {new.reason}")
+                continue
+            node.replace_all_uses_with(new)
+            self._erase(node)
+        self.uses.problems.update(failed)
+        return len(frontier)
+
+    def _batched_node(self, node: Node) -> Node | Declined:
+        if node.target in batched_rules:
+            result = batched_rules[node.target](node, self)
+            if isinstance(result, Node) or self.per_token:
+                return result
+        if self._broadcasts(node):
+            args = torch.fx.map_arg(node.args, lambda a: self.batched(a, node) if a in self.uses.params else a)
+            kwargs = torch.fx.map_arg(node.kwargs, lambda a: self.batched(a, node) if a in self.uses.params else a)
+            return self.editor.call(cast(Any, node.target), *args, **kwargs)
+        if self.per_token:
+            return Declined(f"there is no per-token rule for {operator_name(node)}")
+        return self._through_vmap(node)
+
+    def _broadcasts(self, node: Node) -> bool:
+        return is_pointwise(node.target) or node.target in _BROADCASTING
+
+    def _through_vmap(self, node: Node) -> Node | Declined:
+        """Any operator: one call for each sample, batched by ``torch.func.vmap`` and traced into the graph."""
+        layout = self.sample_axis(node)
+        editor, num = self.editor, self.editor.size(layout.num)
+        arguments = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor)]
+        dims, operands = [], []
+        for argument in arguments:
+            own = self.layout(argument)
+            if argument in self.uses.params:
+                sizes = [editor.size(size) for size in _sizes(argument)]
+                value = editor.call(aten.expand.default, editor.detached(argument), [num, *sizes])
+                operands.append(editor.call(torch.ops.graphopt.with_tangent.default, value, self.tangent(argument)))
+                dims.append(0)
+            else:
+                if isinstance(own, SampleAxis) and not own.is_plain:
+                    return Declined("samples are interleaved with other rows")
+                operands.append(argument)
+                dims.append(own.axis if isinstance(own, SampleAxis) else None)
+        if not layout.is_plain:
+            return Declined("samples are interleaved with other rows")
+
+        def one(*values: Any) -> Any:
+            mapping = dict(zip(arguments, values, strict=True))
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda a: mapping.get(a, a.meta["val"]))
+            return cast(Any, node.target)(*args, **kwargs)
+
+        try:
+            return cast(Node, editor.inline(vmap(one, tuple(dims), layout.axis, randomness="different"), *operands))
+        except Exception as error:
+            return Declined(f"torch.func.vmap cannot batch it ({type(error).__name__}: {str(error).splitlines()[0]})")
+
+    def _make_tangent(self, value: Node) -> Node:
+        editor = self.editor
+        if value in self._nums:
+            num = editor.size(self._nums[value])
+            return editor.call(torch.ops.graphopt.per_sample.default, value, self.companion(value), num)
+        if value.target is aten.embedding.default and value.args[0] in self._nums and len(cast(Node, value.args[0]).users) == 1:
+            return self._lookup_tangent(value)
+        arguments = [a for a in value.all_input_nodes if isinstance(a.meta.get("val"), Tensor | list | tuple)]
+        moving = [a for a in arguments if a in self.uses.params]
+        tangents = [self.tangent(a) for a in moving]
+        fixed = [editor.detached(a) for a in arguments]
+
+        def one(primals: tuple[Any, ...], directions: tuple[Any, ...]) -> Any:
+            def function(*values: Any) -> Any:
+                mapping = dict(zip(arguments, primals, strict=True)) | dict(zip(moving, values, strict=True))
+                args, kwargs = torch.fx.map_arg((value.args, value.kwargs), lambda a: mapping.get(a, a.meta["val"]))
+                return cast(Any, value.target)(*args, **kwargs)
+
+            start = tuple(primals[arguments.index(a)] for a in moving)
+            return jvp(function, start, directions)[1]
+
+        def all_samples(*values: Any) -> Any:
+            primals, directions = values[: len(arguments)], values[len(arguments) :]
+            return vmap(one, (None, 0))(primals, directions)
+
+        try:
+            return cast(Node, editor.inline(all_samples, *fixed, *tangents))
+        except Exception as error:
+            raise _Unserved(
+                f"{describe(value)} has no derivative that torch.func can batch ({type(error).__name__}: {str(error).splitlines()[0]})"
+            ) from error
+
+    def _lookup_tangent(self, value: Node) -> Node:
+        """Rows of a table that do not depend on samples (positions): look them up for each, and let the closed form square."""
+        editor = self.editor
+        table, indices, padding_idx = check_embedding(value)
+        num = editor.size(self._nums[table])
+        sizes = [editor.size(size) for size in _sizes(indices)]
+        each = editor.call(aten.expand.default, indices, [num, *sizes])
+        tail = (each, padding_idx, 0, 1, num, 1, False)
+        return editor.call(torch.ops.graphopt.embedding.default, table, self.companion(table), *tail)
+
+    # Bookkeeping -------------------------------------------------------------------------------------------------------------
+
+    def _num_samples(self, found: list[Use]) -> Size:
+        nums = {layout.num for use in found if isinstance(layout := self.layouts.get(use.node), SampleAxis)}
+        return nums.pop() if nums else cast(Size, 1)
+
+    def _count(self, param: Node) -> Size:
+        """How many samples, or positions, enter at each call."""
+        if not self.per_token:
+            return self._nums[param]
+        use = self.uses.of[param][0]
+        sizes = _sizes(use.node)
+        own = cast(Tensor, use.value.meta["val"]).ndim
+        leading = sizes[:-1] if use.node.target in closed_rules else sizes[: max(1, len(sizes) - own)]
+        total = cast(Size, 1)
+        for size in leading:
+            total = total * size
+        return total
+
+    def _report(self, tied: list[Node], closed: list[Node], batched: set[Node]) -> None:
+        status = Status.PER_TOKEN if self.per_token else Status.EXACT
+        for param in closed:
+            forms = {use.node: self._closed[use.node] for use in self.uses.of[param]}
+            reason = ", ".join(sorted({_short(node) for node in forms}))
+            share = [len(form.values) for form in forms.values()]
+            flops = sum(form.flops // count for form, count in zip(forms.values(), share, strict=True))
+            self._row(param, status, reason, flops, max(form.bytes for form in forms.values()))
+        for param in tied:
+            self._row(param, status, "tied embedding", 4 * self._bytes(param), 2 * self._bytes(param))
+        for param in batched:
+            names = ", ".join(sorted({_short(use.node) for use in self.uses.of[param]}))
+            num = _hint(self._nums[param], self.graph)
+            cheap = cast(Tensor, param.meta["val"]).ndim < 2 or self.per_token or self._is_lookup(param)
+            size = num * self._bytes(param) if not self._is_lookup(param) else self._bytes(param)
+            self._row(param, status if cheap else Status.FALLBACK, f"per_sample at {names}", size // 2, size)
+
+    def _is_lookup(self, param: Node) -> bool:
+        users = [user for user in param.users if user.target is aten.embedding.default]
+        return len(param.users) == 1 and bool(users) and isinstance(self.layout(users[0]), Free)
+
+    def _row(self, param: Node, status: Status, reason: str, flops: int, memory: int) -> None:
+        value = cast(Tensor, param.meta["val"])
+        name = self.graph.inputs[self.graph.placeholders.index(param)].name
+        self.coverage[param] = Coverage(name, tuple(int(size) for size in value.shape), status, reason, flops, memory)
+
+    def _bytes(self, param: Node) -> int:
+        value = cast(Tensor, param.meta["val"])
+        return int(value.numel()) * 4
+
+    def _erase(self, node: Node) -> None:
+        self.layouts.pop(node, None)
+        self.editor.graph.erase_node(node)
+
+
+class _Unserved(Exception):
+    """A rule found out too late that it does not apply; caught by the rewriter."""
+
+
+def _sizes(node: Node) -> list[Size]:
+    return shape_of(node.meta["val"])
+
+
+def _hint(size: Size, graph: CapturedGraph) -> int:
+    shape_env = graph.fake_mode.shape_env
+    if shape_env is None or not getattr(size, "free_symbols", None):
+        return int(cast(Any, size))
+    return _compat.size_hint(shape_env, size)
+
+
+def _short(node: Node) -> str:
+    return operator_name(node).removeprefix("aten.").split(".")[0]
+

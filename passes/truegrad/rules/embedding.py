@@ -1,0 +1,90 @@
+"""``aten.embedding``: rows of a table, looked up by each sample.
+
+Legend: N samples, S positions, V rows, D width. G_NSD is the gradient at the output, i_ns the row looked up.
+
+    table:  sum_n (sum_{s: i_ns = v} G_nsd)^2      positions of a sample that look up the same row are added before squaring
+
+Cost: a sort of N S keys and O(N S D) additions, memory O(N S D); never (N, V, D) (`ops.embedding_sums`). ``per="token"``
+squares each look-up by itself.
+
+Source: the definition of the statistic; the segmented sum is that of ``embedding_dense_backward``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from graphopt.errors import UnsupportedError
+from graphopt.inspect.location import describe
+from graphopt.passes.truegrad import ops  # noqa: F401  registers torch.ops.graphopt
+from graphopt.passes.truegrad._registry import ClosedForm, Context, Declined, batched_rule, closed_form
+from graphopt.passes.truegrad.sample_axis import SampleAxis
+
+aten = torch.ops.aten
+
+SAMPLES = (
+    lambda: (nn.Embedding(5, 3), torch.randint(0, 5, (4, 6))),
+    lambda: (nn.Embedding(5, 3), torch.randint(0, 5, (4,))),
+    lambda: (nn.Embedding(5, 3, padding_idx=1), torch.randint(0, 5, (4, 2, 6))),
+)
+
+
+@closed_form(aten.embedding.default)
+def embedding(node: Node, context: Context) -> ClosedForm | Declined:
+    """Replace the look-up by ``graphopt::embedding``."""
+    table, indices, padding_idx = check(node)
+    layout = context.layout(indices)
+    if table not in context.uses.views or not isinstance(layout, SampleAxis):
+        return Declined("the table is computed from parameters")
+
+    def emit() -> Node:
+        rows = context.editor.rows(layout)
+        companion = context.companion(table)
+        tail = (indices, padding_idx, layout.axis, *rows, context.per_token)
+        return context.editor.call(torch.ops.graphopt.embedding.default, table, companion, *tail)
+
+    looked_up = cast(Any, node).meta["val"].numel()
+    count = int(looked_up.node.hint) if isinstance(looked_up, torch.SymInt) else int(looked_up)
+    return ClosedForm((table,), emit, 3 * count, 12 * count)
+
+
+@batched_rule(aten.embedding.default)
+def embedding_batched(node: Node, context: Context) -> Node | Declined:
+    """A table that is tied to something else, or computed: sample n looks up its own (V, D) slice."""
+    table, indices, padding_idx = check(node)
+    layout = context.sample_axis(indices)
+    if not layout.is_plain:
+        return Declined("samples are interleaved with other rows")
+    editor, tangent = context.editor, context.tangent(table)
+    num, num_rows = editor.size(layout.num), table.meta["val"].shape[0]
+    shape = [1] * indices.meta["val"].ndim
+    shape[layout.axis] = -1
+    offset = editor.call(aten.mul.Tensor, editor.call(aten.arange.default, num, device=indices.meta["val"].device), num_rows)
+    own = editor.call(aten.add.Tensor, indices, editor.call(aten.view.default, offset, shape))
+    found = editor.call(aten.embedding.default, editor.call(aten.flatten.using_ints, tangent, 0, 1), own)
+    if padding_idx >= 0:
+        keep = editor.call(aten.unsqueeze.default, editor.call(aten.ne.Scalar, indices, padding_idx), -1)
+        found = editor.call(aten.mul.Tensor, found, keep)
+    value = editor.call(aten.embedding.default, editor.detached(table), indices, padding_idx)
+    return editor.call(torch.ops.graphopt.with_tangent.default, value, found)
+
+
+def check(node: Node) -> tuple[Node, Node, int]:
+    """Table, indices and padding row.
+
+    Raises:
+        UnsupportedError: sparse gradients, or gradients scaled by frequency.
+    """
+    table, indices, padding_idx, scale, sparse = (*cast(Any, node.args), *(-1, False, False)[len(node.args) - 2 :])
+    if sparse:
+        raise UnsupportedError(f"{describe(node)} has sparse gradients, and the statistic is dense: build it with sparse=False")
+    if scale:
+        raise UnsupportedError(
+            f"{describe(node)} scales gradients by the frequency of a row in the whole batch, which mixes samples: build it "
+            "with scale_grad_by_freq=False"
+        )
+    return table, indices, padding_idx

@@ -1,0 +1,42 @@
+"""A batch of one: Dynamo fixes its size, every gradient is that of the one sample, and its square is the statistic."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from graphopt.capture import CapturedGraph
+from graphopt.passes.truegrad import ops  # noqa: F401  registers torch.ops.graphopt
+from graphopt.passes.truegrad.editor import Editor
+from graphopt.pipeline import Coverage, Status
+
+aten = torch.ops.aten
+
+
+def rewrite_single_sample(graph: CapturedGraph, tracked: list[Node]) -> tuple[int, list[Coverage]]:
+    """Route the gradient of every parameter, summed over all its uses, through ``graphopt::per_sample``."""
+    editor = Editor(graph)
+    rows = []
+    names = {node: described.name for node, described in zip(graph.placeholders, graph.inputs, strict=True)}
+    for param in tracked:
+        users = list(param.users)
+        if not users:
+            continue
+        with editor.after(param):
+            tangent = editor.call(
+                torch.ops.graphopt.per_sample.default, param, editor.companion(param, sympy.S.One), 1
+            )
+            value = editor.call(
+                torch.ops.graphopt.with_tangent.default,
+                editor.call(aten.detach.default, param),
+                editor.call(aten.squeeze.dim, tangent, 0),
+            )
+        for user in users:
+            user.replace_input_with(param, value)
+        shape = tuple(int(size) for size in cast(Tensor, param.meta["val"]).shape)
+        rows.append(Coverage(names[param], shape, Status.EXACT, "one sample", 2 * param.meta["val"].numel()))
+    return len(rows), rows

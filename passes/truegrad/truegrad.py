@@ -1,0 +1,146 @@
+"""The pass: which parameters are tracked, what becomes of those that cannot be served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal, final
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from graphopt.annotations import NUM_SAMPLES, SUM_GRAD_SQUARED, Key
+from graphopt.capture import CapturedGraph, InputKind
+from graphopt.errors import OptionError, SampleAxisError, UnsupportedError
+from graphopt.passes.truegrad.rewrite import Rewriter
+from graphopt.passes.truegrad.sample_axis import SampleAxis, find_sample_axes
+from graphopt.passes.truegrad.single_sample import rewrite_single_sample
+from graphopt.passes.truegrad.uses import find_uses
+from graphopt.pipeline import Coverage, Pass, PassResult, Status
+
+Where = str | Sequence[str] | Callable[[str, Tensor], bool] | None
+
+
+@final
+@dataclass(frozen=True)
+class TrueGrad(Pass):
+    """Compute, beside every gradient, the sum over samples of its squares: ``p.sum_grad_squared``.
+
+    With g_n sample n's contribution to ``p.grad`` (the g_n add up to it), the statistic is the sum over n of g_n squared,
+    element by element, in at least float32. Uses of a tied parameter and positions of a sequence are added before squaring.
+    Samples that meet in the model (batch normalisation) count with their own rows, statistics of the batch taken as given.
+
+    Attributes:
+        per: ``"sample"``, or ``"token"``: every position at which a parameter is applied counts by itself. The two are
+            different statistics; the first is the one that optimizers expect.
+        where: which parameters: name patterns (``"encoder.*"``), or a predicate of name and (fake) tensor; ``None`` is all.
+        unsupported: what to do with a parameter that cannot be served exactly: ``"error"``, or ``"skip"`` and report it.
+        square_dtype: dtype in which squares are multiplied where a parameter meets one position per sample, such as
+            ``torch.bfloat16``; ``None`` is the gradient's own, at least float32.
+
+    Raises:
+        UnsupportedError: from the first call of the model, naming every parameter that cannot be served, and why.
+        SampleAxisError: the graph does not say where the samples are.
+    """
+
+    per: Literal["sample", "token"] = "sample"
+    where: Where = None
+    unsupported: Literal["error", "skip"] = "error"
+    square_dtype: torch.dtype | None = None
+
+    name: ClassVar[str] = "truegrad"
+    provides: ClassVar[frozenset[Key[Any]]] = frozenset({SUM_GRAD_SQUARED, NUM_SAMPLES})
+    changes_numerics: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for option, value, allowed in (("per", self.per, ("sample", "token")), ("unsupported", self.unsupported, ("error", "skip"))):
+            if value not in allowed:
+                raise OptionError(f"TrueGrad({option}={value!r}): it is one of {list(allowed)}")
+        if self.square_dtype is not None and not self.square_dtype.is_floating_point:
+            raise OptionError(f"TrueGrad(square_dtype={self.square_dtype}): it is a floating-point dtype")
+        if isinstance(self.where, list):
+            object.__setattr__(self, "where", tuple(self.where))
+
+    def run(self, graph: CapturedGraph) -> PassResult:
+        """Rewrite the graph."""
+        tracked, rows = self._tracked(graph)
+        if not tracked or not graph.grad_enabled:
+            return PassResult(graph, 0)
+        samples = [
+            fake.shape[described.sample_axis]
+            for described, fake in zip(graph.inputs, graph.fake_inputs, strict=True)
+            if described.kind is InputKind.SAMPLES and described.sample_axis is not None
+        ]
+        if not samples:
+            raise SampleAxisError(
+                "the model was called without a tensor that holds samples, so there is nothing to sum squares over. Pass the "
+                "batch as a tensor argument, or train it without this pass: graphopt.transform(model, passes=[])"
+            )
+        if self.per == "sample" and all(isinstance(size, int) and size == 1 for size in samples):
+            changed, found = rewrite_single_sample(graph, tracked)
+            return PassResult(graph, changed, ("one sample: its squared gradient is the statistic",), (*found, *rows))
+        return self._rewrite(graph, tracked, rows)
+
+    def _rewrite(self, graph: CapturedGraph, tracked: list[Node], rows: list[Coverage]) -> PassResult:
+        names = {node: described.name for node, described in zip(graph.placeholders, graph.inputs, strict=True)}
+        layouts = find_sample_axes(graph)
+        outputs = [layouts.get(value) for value in graph.output_nodes]
+        axes = tuple(layout.axis if isinstance(layout, SampleAxis) and layout.is_plain else None for layout in outputs)
+        pristine = graph.copy()
+        uses = find_uses(graph, layouts, tracked)
+        square_dtype = self.square_dtype
+        rewriter = Rewriter(graph, layouts, uses, per_token=self.per == "token", square_dtype=square_dtype)
+        changed = rewriter.run()
+        if uses.problems:
+            problems = {names[param]: problem for param, problem in uses.problems.items()}
+            if self.unsupported == "error":
+                raise UnsupportedError(_explain(problems))
+            skipped = [
+                Coverage(name, tuple(int(s) for s in param.meta["val"].shape), Status.SKIPPED, problems[name])
+                for param, name in names.items()
+                if name in problems
+            ]
+            wanted = {names[node] for node in tracked}
+            kept = [
+                node
+                for node, described in zip(pristine.placeholders, pristine.inputs, strict=True)
+                if described.name not in problems and described.name in wanted
+            ]
+            if not kept:
+                return PassResult(pristine, 0, coverage=(*skipped, *rows))
+            again = self._rewrite(pristine, kept, [])
+            return PassResult(again.graph, again.num_changed, again.notes, (*again.coverage, *skipped, *rows))
+        graph.output_sample_axes = axes
+        return PassResult(graph, changed, coverage=(*rewriter.coverage.values(), *rows))
+
+    def _tracked(self, graph: CapturedGraph) -> tuple[list[Node], list[Coverage]]:
+        """Trainable parameters that were asked for, and rows for those that were not."""
+        tracked, rows = [], []
+        for node, described, fake in zip(graph.placeholders, graph.inputs, graph.fake_inputs, strict=True):
+            if described.kind is not InputKind.PARAMETER or not described.requires_grad:
+                continue
+            if self._selects(described.name, fake):
+                tracked.append(node)
+            else:
+                rows.append(Coverage(described.name, tuple(fake.shape), Status.SKIPPED, "not selected by where"))
+        return tracked, rows
+
+    def _selects(self, name: str, value: Tensor) -> bool:
+        if self.where is None:
+            return True
+        if callable(self.where):
+            return bool(self.where(name, value))
+        patterns = [self.where] if isinstance(self.where, str) else self.where
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _explain(problems: dict[str, str]) -> str:
+    lines = [f"  {name}: {problem}" for name, problem in problems.items()]
+    return (
+        f"{len(problems)} parameter{'s' if len(problems) > 1 else ''} cannot have an exact sum of squared per-sample gradients:\n"
+        + "\n".join(lines)
+        + "\nLeave them out with TrueGrad(where=...), or report and skip them with TrueGrad(unsupported='skip')"
+    )
+

@@ -1,0 +1,9 @@
+"""Makes the folder benchmarks/ importable, behind everything that is installed."""
+
+import sys
+from pathlib import Path
+
+ROOT = str(Path(__file__).resolve().parents[2])
+
+if ROOT not in sys.path:
+    sys.path.append(ROOT)
