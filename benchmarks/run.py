@@ -24,9 +24,6 @@ DEFAULT_START_ROUNDS = 3  # of a case measured by starts, each of which takes mi
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status, 1 if a baseline failed."""
     options = _parser().parse_args(arguments)
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
-    )  # so that workers and caches are cleared
     if options.list or not options.benchmark:
         return _list()
     benchmark = find(options.benchmark)
@@ -118,4 +115,5 @@ def _list() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends workers, removes their caches
     raise SystemExit(main())

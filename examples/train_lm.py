@@ -180,9 +180,10 @@ def build_model(options: argparse.Namespace) -> GPT2LMHeadModel:
         bos_token_id=0,
         eos_token_id=0,
         use_cache=False,
-        loss_type="ForCausalLM",
     )
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # unset, it means the same, after a warning that splits the graph in two
+    return model
 
 
 def warm_up_then_cosine(step: int, steps: int) -> float:

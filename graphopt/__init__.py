@@ -8,6 +8,8 @@ from graphopt import annotations as annotations
 from graphopt import optim as optim
 from graphopt import passes as passes
 from graphopt.errors import GraphoptError as GraphoptError
+from graphopt.inspect.report import Report as Report
+from graphopt.inspect.report import explain as explain
 from graphopt.transform import records as records
 from graphopt.transform import restore as restore
 from graphopt.transform import transform as transform

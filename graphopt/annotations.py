@@ -107,10 +107,10 @@ def get(param: Tensor, key: Key[Value]) -> Value:
 
 def find(param: Tensor, key: Key[Value]) -> Value | None:
     """Like `get`, but ``None`` where nothing is published."""
+    reconcile([param])
     record = cast("_Record | None", _records.get(param))
     if record is None or key.name not in record.values:
         return None
-    reconcile([param])
     if record.problem is not None:
         raise StaleAnnotation(record.problem)
     return cast("Value | None", record.values.get(key.name))

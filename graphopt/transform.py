@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 from torch.utils.weak import WeakIdKeyDictionary
 
 from graphopt import _compat
 from graphopt.capture import (
     CapturedGraph,
-    InputKind,
     NamedTensors,
     SampleAxisOption,
     describe_inputs,
@@ -28,7 +27,7 @@ from graphopt.capture import (
 )
 from graphopt.compilation import check_compiler, compile_graph
 from graphopt.errors import GraphoptError, OptionError, UncapturedCall
-from graphopt.pipeline import Pass, PassRecord, Record, resolve_passes, run_passes
+from graphopt.pipeline import Pass, Record, resolve_passes, run_passes
 from graphopt.runtime.bound_graph import BoundGraph
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -104,6 +103,12 @@ def records(model: nn.Module) -> list[Record]:
     return list(found.values())
 
 
+def setup_of(model: nn.Module) -> Setup:
+    """The options of a transformed model, or the default ones."""
+    handle = model.__dict__.get(_HANDLE)
+    return handle.setup if isinstance(handle, _Handle) else Setup.parse({})
+
+
 def backend(
     graph_module: GraphModule,
     example_inputs: Sequence[Any],
@@ -155,14 +160,10 @@ class Setup:
             raise OptionError(f"sample_axis is {axis!r}; it is an int, None, or a dict from argument name to int or None")
         return cls(tuple(resolved), compiler, axis, bool(options.get("fullgraph", False)), config)
 
-    def compile(
-        self,
-        graph_module: GraphModule,
-        example_inputs: Sequence[Any],
-        named: NamedTensors | None = None,
-        keep: Callable[[Record], None] | None = None,
-    ) -> Callable[..., Any]:
-        """Capture, rewrite, compile and bind one graph of Dynamo's."""
+    def rewrite(
+        self, graph_module: GraphModule, example_inputs: Sequence[Any], named: NamedTensors | None = None
+    ) -> tuple[CapturedGraph, Record]:
+        """Capture one graph of Dynamo's and run the passes over it."""
         inputs = describe_inputs(graph_module, example_inputs, named or NamedTensors(), self.sample_axis)
         if self.passes and needs_restart(inputs, example_inputs):
             raise _compat.RestartCapture("the sample axis of an input was not marked dynamic")
@@ -170,17 +171,25 @@ class Setup:
         captured = lower(graph_module, inputs)
         lowered = time.perf_counter()
         graph, passes = run_passes(captured, self.passes)
-        rewritten = time.perf_counter()
-        identity = _compat.CompileContext.current_compile_id()
-        frame = str(getattr(identity, "frame_id", identity))
-        bound = BoundGraph(graph, lambda: compile_graph(graph, self.compiler, self.passes, self.config), frame)
-        finished = time.perf_counter()
-        seconds = {"capture": lowered - start, "passes": rewritten - lowered, "compile": finished - rewritten}
-        record = _record(captured, graph, passes, seconds)
+        seconds = {"capture": lowered - start, "passes": time.perf_counter() - lowered}
+        return graph, Record(captured.graph_module, graph.graph_module, passes, seconds)
+
+    def compile(
+        self,
+        graph_module: GraphModule,
+        example_inputs: Sequence[Any],
+        named: NamedTensors | None = None,
+        keep: Callable[[Record], None] | None = None,
+    ) -> BoundGraph:
+        """Capture, rewrite, compile and bind one graph of Dynamo's."""
+        graph, record = self.rewrite(graph_module, example_inputs, named)
+        start = time.perf_counter()
+        bound = BoundGraph(graph, lambda: compile_graph(graph, self.compiler, self.passes, self.config))
+        record.seconds["compile"] = time.perf_counter() - start
         if keep is not None:
             keep(record)
-        for described, value in zip(inputs, example_inputs, strict=True):
-            if described.kind is InputKind.PARAMETER:
+        for value in example_inputs:
+            if isinstance(value, nn.Parameter):
                 _records_of.setdefault(value, []).append(record)
         return bound
 
@@ -208,9 +217,7 @@ class _Handle:
             return self.setup.compile(graph_module, example_inputs, NamedTensors.of(model), self.records.append)
 
         functools.update_wrapper(compile_one, backend)
-        compiled = torch.compile(
-            call, backend=compile_one, dynamic=self.dynamic, fullgraph=self.setup.fullgraph
-        )
+        compiled = torch.compile(call, backend=compile_one, dynamic=self.dynamic, fullgraph=self.setup.fullgraph)
         model.__dict__[_HANDLE] = self
         model.__dict__["_compiled_call_impl"] = _entry(model, compiled, self.setup)
 
@@ -241,8 +248,9 @@ def _entry(model: nn.Module, compiled: Callable[..., Any], setup: Setup) -> Call
         try:
             outputs = compiled(*args, **kwargs)
         except _compat.BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, GraphoptError):
-                raise error.inner_exception from None
+            inner = error.inner_exception
+            if isinstance(inner, GraphoptError):
+                raise inner from inner.__cause__
             raise
         if BoundGraph.num_calls == before and not warned and any(True for _ in model.parameters()):
             warned = True
@@ -256,9 +264,3 @@ def _entry(model: nn.Module, compiled: Callable[..., Any], setup: Setup) -> Call
         return outputs
 
     return entry
-
-
-def _record(
-    captured: CapturedGraph, graph: CapturedGraph, passes: tuple[PassRecord, ...], seconds: dict[str, float]
-) -> Record:
-    return Record(captured.graph_module, graph.graph_module, passes, seconds)

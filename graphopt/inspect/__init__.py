@@ -1,1 +1,1 @@
-"""Records, reports and graph views."""
+"""What a person can see: reports of what passes did, and where nodes come from."""

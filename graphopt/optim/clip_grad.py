@@ -1,7 +1,5 @@
 """Gradient clipping that keeps the statistics of a gradient in step with it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch
@@ -19,9 +17,9 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Clip the norm of all gradients together, and rescale their sums of squares with them.
 
-    As `torch.nn.utils.clip_grad_norm_`, which multiplies every gradient by ``c = min(1, max_norm / norm)``; here
-    ``SUM_GRAD_SQUARED`` is multiplied by ``c**2`` in the same call. (graphopt's optimizers also notice torch's own function, when
-    they read the statistic; this one leaves nothing to be noticed.)
+    As `torch.nn.utils.clip_grad_norm_`, which multiplies every gradient by ``c = min(1, max_norm / norm)``, except
+    that ``SUM_GRAD_SQUARED`` is multiplied by ``c**2`` in the same call. (After torch's own function the statistic
+    follows when it is next read.)
 
     Args:
         parameters: one tensor or an iterable of them; those without a gradient are skipped.

@@ -1,11 +1,9 @@
-"""Compiled element-wise kernels over flat tensors: one compile per kind of tensor, whatever their number and their sizes.
+"""Compiled element-wise kernels over flat tensors: one compile per kind of tensor, whatever their number and sizes.
 
-A graph over all tensors of a model takes longer to compile the more tensors there are; a kernel over one flat tensor of dynamic
-size takes as long as for one, and is called once per tensor. What changes from call to call (sizes, learning rates, step counts)
-is an input of the kernel, so that nothing is ever compiled twice.
+A graph over all tensors of a model takes longer to compile the more tensors there are. A kernel over one flat tensor
+of dynamic size takes as long as one tensor takes, and is called for each. What changes between calls (sizes, learning
+rates, step counts) is an input of the kernel, so nothing is compiled twice.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from types import FunctionType
@@ -14,28 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Inductor chooses another reduction for few elements and guards on it (torch 2.13: `2 <= size <= 4096`), and Dynamo specialises
-# sizes 0 and 1. Kernels only ever see more elements than this; for fewer, a kernel would not be faster than eager calls either.
+# Inductor reduces few elements in another way, and guards on their number (torch 2.13: `2 <= size <= 4096`); Dynamo
+# specialises sizes 0 and 1. So kernels get more elements than this. For fewer they would not beat eager calls anyway.
 MAX_SMALL = 4096
 
-# Elements of the tensors on which a kernel is compiled: far enough above MAX_SMALL that Inductor emits its parallel loops.
+# Elements of the tensors that a kernel is compiled with: far enough above MAX_SMALL for Inductor to emit parallel
+# loops.
 NUM_SAMPLE_ELEMENTS = 2**20
 
-# Without this Inductor recomputes the updated state from its inputs in every loop that reads it, and reads the inputs twice.
+# Otherwise a state that is updated and then reduced is computed twice, from inputs that are read twice.
 _INDUCTOR_OPTIONS: dict[str, Any] = {"realize_reads_threshold": 2}
 
 
 def compile_flat(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function over flat tensors of one common, dynamic length.
+    """Compile a function over flat tensors of one dynamic length.
 
     Args:
-        function: plain tensor code without defaults, closures or graph breaks; it may change its arguments in place. Scalars that
-            change are passed as entries of a tensor, flags as Python values.
+        function: plain tensor code without defaults, closures or graph breaks; it may write to its arguments. Numbers
+            that change are passed as entries of a tensor, flags as Python values.
 
     Returns:
         The compiled function, with a compile cache of its own.
     """
-    # Dynamo counts recompiles per code object: with a copy, optimizers and dtypes do not use up each other's recompile_limit.
+    # Dynamo counts recompiles per code object: without a copy, all kernels of one function share one recompile_limit.
     copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     known = torch._inductor.list_options()
     options = {name: value for name, value in _INDUCTOR_OPTIONS.items() if name in known}
@@ -44,15 +43,15 @@ def compile_flat(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def flatten(tensors: Sequence[Tensor | None], read_only: Collection[int]) -> list[Tensor | None] | None:
-    """One-dimensional views of tensors of the same shape, all with the same order of elements.
+    """One-dimensional views of tensors of one shape, all with the same order of elements.
 
     Args:
-        tensors: the tensors; ``None`` stays ``None``. The first one's strides decide the order of elements.
+        tensors: the tensors; ``None`` stays ``None``. The strides of the first decide the order of elements.
         read_only: indices of tensors that nobody will write to; they get copies where their strides differ.
 
     Returns:
-        The views, or ``None`` where there are none: gaps or overlaps in memory, strides that differ, tensor subclasses (a
-        DTensor's local part is not the parameter).
+        The views, or ``None`` where there are none: gaps or overlaps in memory, strides that differ, tensor subclasses
+        (what is true of a DTensor's local part need not be true of the whole).
     """
     given = [tensor for tensor in tensors if tensor is not None]
     if not all([type(tensor) in (Tensor, torch.nn.Parameter) for tensor in given]):

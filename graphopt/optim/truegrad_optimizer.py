@@ -1,6 +1,4 @@
-"""What every optimizer that reads TrueGrad's statistic shares: reading it, clearing it, and its state on disk."""
-
-from __future__ import annotations
+"""What all optimizers that read TrueGrad's statistic share: reading and clearing it, and loading their state."""
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -13,17 +11,19 @@ from graphopt import annotations
 from graphopt.annotations import NUM_SAMPLES, SUM_GRAD_SQUARED
 from graphopt.errors import MissingAnnotation, OptionError, StaleAnnotation, UnsupportedError
 
+_MAX_NAMES = 10
+
 _MISSING = """\
 {optimizer}.step(): {num_missing} of {num_params} parameters with a gradient have no {key}: {names}.
 It is provided by {provider}, and exists between backward() and the zero_grad() that follows.
 Nothing was changed. Either
-  - call graphopt.transform(model) before training (graphopt.records(model) says what the pass skipped and why), or
-  - pass default_to_baseline=True: AdamW for the parameters that lack it, or
+  - call graphopt.transform(model) before training; graphopt.records(model) says what the pass skipped, and why; or
+  - pass default_to_baseline=True: AdamW for the parameters that lack the statistic; or
   - put these parameters into a group with enforce_baseline=True."""
 
 
 class Gradient(NamedTuple):
-    """A parameter that has a gradient, and what an update needs to know about it."""
+    """A parameter that has a gradient, and what its update needs to know."""
 
     group: dict[str, Any]
     param: Tensor
@@ -33,10 +33,10 @@ class Gradient(NamedTuple):
 
 
 class TrueGradOptimizer(torch.optim.Optimizer):
-    """A `torch.optim.Optimizer` with the group options ``default_to_baseline`` and ``enforce_baseline``.
+    """A `torch.optim.Optimizer` whose groups have the options ``default_to_baseline`` and ``enforce_baseline``.
 
-    A subclass calls `_gradients` at the start of ``step`` and leaves parameters alone until it has returned. Its state is
-    ``step`` and other counts (float32 on the CPU), and tensors like the parameter in `state_dtype`.
+    A subclass calls `_gradients` at the start of ``step`` and changes no parameter before it has returned. Its state
+    for a parameter is `counts`, and tensors of the parameter's shape in `state_dtype`.
     """
 
     counts: ClassVar[frozenset[str]] = frozenset({"step", "num_statistics"})
@@ -54,20 +54,21 @@ class TrueGradOptimizer(torch.optim.Optimizer):
             UnsupportedError: a parameter is complex.
         """
         self._check_options({**self.defaults, **param_group})
-        if not isinstance(param_group["params"], Tensor):
+        if not isinstance(param_group["params"], (Tensor, set)):  # torch has an error of its own for sets
             param_group["params"] = list(param_group["params"])
         for param in _tensors(param_group["params"]):
             if isinstance(param, Tensor) and param.is_complex():
                 raise UnsupportedError(
-                    f"{type(self).__name__}: a parameter of shape {tuple(param.shape)} is complex ({param.dtype}), and the "
-                    "square of a per-sample gradient is defined for real ones. Make torch.view_as_real(param) the parameter"
+                    f"{type(self).__name__}: a parameter of shape {tuple(param.shape)} is complex ({param.dtype}), but "
+                    "squares of per-sample gradients are defined for real ones. Make torch.view_as_real(param) the "
+                    "parameter"
                 )
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state that `state_dict` returned; the tensors are copied, and keep `state_dtype`.
+        """Load what ``state_dict()`` returned. Tensors are copied, and moments keep at least float32.
 
-        torch casts loaded state to the parameter's dtype, which would leave a bfloat16 parameter with bfloat16 moments.
+        (torch casts loaded state to the parameter's dtype: a bfloat16 parameter would get bfloat16 moments.)
         """
         loaded: dict[str, Any] = {}
         before = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
@@ -79,7 +80,7 @@ class TrueGradOptimizer(torch.optim.Optimizer):
             after.remove()
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        """Raise `OptionError` if an option of a group is not valid."""
+        """Raise `OptionError` if an option of the group is not valid."""
         name = type(self).__name__
         if group["differentiable"]:
             raise OptionError(
@@ -88,17 +89,17 @@ class TrueGradOptimizer(torch.optim.Optimizer):
             )
         if group["capturable"]:
             raise OptionError(
-                f"{name}: capturable=True is not supported. Each step pairs every gradient with its statistic in Python, which a "
-                "replayed CUDA graph would leave out. Capture forward and backward only"
+                f"{name}: capturable=True is not supported. Each step pairs gradients with their statistics in Python, "
+                "which a replayed CUDA graph would leave out. Capture forward and backward only"
             )
         if group["fused"] and group["foreach"]:
             raise OptionError(f"{name}: fused=True and foreach=True exclude each other; pass one of them")
 
     def _gradients(self) -> list[Gradient]:
-        """Every parameter that has a gradient, with its statistic; raises before anything is changed.
+        """Every parameter that has a gradient, with its statistic.
 
         Raises:
-            MissingAnnotation: parameters without a statistic, in groups that do not allow it; all are named.
+            MissingAnnotation: parameters have no statistic, in groups that need one; the text names them.
             StaleAnnotation: a gradient was changed in a way that is not a rescaling.
             UnsupportedError: a gradient is sparse.
         """
@@ -110,28 +111,28 @@ class TrueGradOptimizer(torch.optim.Optimizer):
                     continue
                 if grad.layout != torch.strided:
                     raise UnsupportedError(
-                        f"{type(self).__name__}.step(): the gradient of {self._name(param)} is sparse ({grad.layout}), and "
-                        "per-sample squares are not kept for sparse gradients. Build the layer with sparse=False, or give this "
+                        f"{type(self).__name__}.step(): the gradient of {self._name(param)} is sparse ({grad.layout}), "
+                        "and there are no per-sample squares of those. Build the layer with sparse=False, or give this "
                         "parameter to torch.optim.SparseAdam"
                     )
                 statistic, num_samples = None, 1
                 if not group["enforce_baseline"]:
                     statistic, num_samples = self._statistic(param)
                     if statistic is None and not group["default_to_baseline"]:
-                        # torch.distributed.checkpoint creates the state by a step with zero gradients, before any statistic.
+                        # torch.distributed.checkpoint makes a step with zero gradients before there is any statistic.
                         if grad.any():
                             missing.append(param)
                         statistic = grad.to(state_dtype(param))
                 gradients.append(Gradient(group, param, grad, statistic, num_samples))
         if missing:
-            names = "; ".join(self._name(param) for param in missing[:10]) + ("; ..." if len(missing) > 10 else "")
+            names = "; ".join(self._name(param) for param in missing[:_MAX_NAMES])
             raise MissingAnnotation(
                 _MISSING.format(
                     optimizer=type(self).__name__,
                     num_missing=len(missing),
                     num_params=len(gradients),
                     key=SUM_GRAD_SQUARED.name,
-                    names=names,
+                    names=names + ("; ..." if len(missing) > _MAX_NAMES else ""),
                     provider=SUM_GRAD_SQUARED.provider,
                 )
             )
@@ -147,13 +148,13 @@ class TrueGradOptimizer(torch.optim.Optimizer):
         if statistic.shape != param.shape or statistic.device != param.device:
             raise OptionError(
                 f"{type(self).__name__}.step(), {self._name(param)}: {SUM_GRAD_SQUARED.name} has shape "
-                f"{tuple(statistic.shape)} on {statistic.device}, expected the parameter's shape and device, {param.device}"
+                f"{tuple(statistic.shape)} on {statistic.device}, expected the parameter's shape on {param.device}"
             )
         num_samples = annotations.find(param, NUM_SAMPLES)
-        return statistic, 1 if num_samples is None else num_samples  # a statistic that was assigned by hand has no count
+        return statistic, num_samples or 1  # one that was assigned by hand (BackPACK) has no count, and stands as it is
 
     def _name(self, param: Tensor) -> str:
-        """The parameter for an error message: its name where ``named_parameters`` gave one, else its place; and its shape."""
+        """The parameter for an error: its name, if ``named_parameters`` gave one, else its place; and its shape."""
         for group_index, group in enumerate(self.param_groups):
             for index, candidate in enumerate(group["params"]):
                 if candidate is param:
@@ -168,7 +169,7 @@ class TrueGradOptimizer(torch.optim.Optimizer):
         for identifier, param in zip(saved, params, strict=True):
             for name, value in state_dict["state"].get(identifier, {}).items():
                 if name in self.counts:
-                    self.state[param][name] = torch.tensor(float(value))
+                    self.state[param][name] = new_count(float(value))
                 elif isinstance(value, Tensor):
                     self.state[param][name] = value.to(param.device, state_dtype(param), copy=True)
 
@@ -176,6 +177,11 @@ class TrueGradOptimizer(torch.optim.Optimizer):
 def state_dtype(param: Tensor) -> torch.dtype:
     """The dtype of moments: the parameter's, at least float32."""
     return torch.promote_types(param.dtype, torch.float32)
+
+
+def new_count(value: float = 0.0) -> Tensor:
+    """A count in the state: shape (), float32, on the CPU, like torch's ``step``."""
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def _tensors(params: Iterable[Any]) -> Iterator[Any]:

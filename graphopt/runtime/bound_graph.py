@@ -20,8 +20,9 @@ class BoundGraph:
 
     num_calls = 0  # of all graphs; `transform` compares it before and after a call of the model
 
-    def __init__(self, graph: CapturedGraph, compile_graph: Callable[[], Callable[..., Any]], frame: str) -> None:
-        self._frame = frame
+    def __init__(self, graph: CapturedGraph, compile_graph: Callable[[], Callable[..., Any]]) -> None:
+        identity = _compat.CompileContext.current_compile_id()
+        self._frame = str(getattr(identity, "frame_id", identity))  # the same for recompilations, another behind a graph break
         companions = [described for described in graph.inputs if described.kind is InputKind.COMPANION]
         self._params = [described.companion_of for described in companions if described.companion_of is not None]
         self._counts = [_evaluator(described.num_samples, graph) for described in companions]

@@ -16,7 +16,9 @@ from graphopt.optim import TGAdamW, clip_grad_norm_
 
 def make():
     generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in [(), (3,), (40, 5)]]
+    params = [
+        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in [(), (3,), (40, 5)]
+    ]
     for p in params:
         p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
         annotations.publish(p, p.grad**2 * 3, 5)
