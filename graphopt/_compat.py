@@ -6,7 +6,10 @@ clear message, rather than later with an unexplained one.
 
 # ruff: noqa: E402  the version is checked before the private names are imported
 
+import importlib
 import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,35 +21,57 @@ if not _OLDEST <= _found <= _NEWEST:
         "between releases. Type: pip install 'torch>=2.11,<2.16'"
     )
 
-import torch._dynamo
-from torch._dynamo.exc import (
-    BackendCompilerFailed as BackendCompilerFailed,
-)
-from torch._dynamo.exc import (
-    TensorifyScalarRestartAnalysis as RestartCapture,  # the only request to trace a frame again that a backend may raise
-)
-from torch._dynamo.source import LocalSource as LocalSource
-from torch._dynamo.source import is_from_unspecialized_nn_module_source as is_from_module_source
-from torch._guards import CompileContext as CompileContext
-from torch._guards import Source as Source
-from torch._higher_order_ops.wrap import tag_activation_checkpoint as tag_activation_checkpoint
-from torch._inductor.compile_fx import compile_fx as compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
-from torch._inductor.decomposition import register_decomposition as register_inductor_decomposition
-from torch._library.custom_ops import CustomOpDef as CustomOpDef
-from torch._subclasses.fake_tensor import FakeCopyMode as FakeCopyMode
-from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
-from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
-from torch.fx.experimental.proxy_tensor import make_fx as make_fx
-from torch.fx.node import Argument as Argument
-from torch.utils.checkpoint import CheckpointPolicy as CheckpointPolicy
 
-maybe_mark_dynamic = torch._dynamo.maybe_mark_dynamic
 disable_autocast = torch._C._DisableAutocast
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 set_grad_enabled_op = torch._C._set_grad_enabled  # the node that a torch.no_grad() region leaves in a lowered graph
+
+# The compiler's own modules take seconds to import, so they are imported when a name is first used.
+if TYPE_CHECKING:
+    from torch._dynamo import maybe_mark_dynamic as maybe_mark_dynamic
+    from torch._dynamo.exc import BackendCompilerFailed as BackendCompilerFailed
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis as RestartCapture
+    from torch._dynamo.source import LocalSource as LocalSource
+    from torch._dynamo.source import is_from_unspecialized_nn_module_source as is_from_module_source
+    from torch._guards import CompileContext as CompileContext
+    from torch._guards import Source as Source
+    from torch._higher_order_ops.wrap import tag_activation_checkpoint as tag_activation_checkpoint
+    from torch._inductor.compile_fx import compile_fx as compile_fx
+    from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
+    from torch._library.custom_ops import CustomOpDef as CustomOpDef
+    from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+    from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx as make_fx
+    from torch.utils.checkpoint import CheckpointPolicy as CheckpointPolicy
+
+_LAZY = {
+    "maybe_mark_dynamic": ("torch._dynamo", "maybe_mark_dynamic"),
+    "BackendCompilerFailed": ("torch._dynamo.exc", "BackendCompilerFailed"),
+    # The only request to trace a frame again that Dynamo accepts from a backend.
+    "RestartCapture": ("torch._dynamo.exc", "TensorifyScalarRestartAnalysis"),
+    "LocalSource": ("torch._dynamo.source", "LocalSource"),
+    "is_from_module_source": ("torch._dynamo.source", "is_from_unspecialized_nn_module_source"),
+    "CompileContext": ("torch._guards", "CompileContext"),
+    "Source": ("torch._guards", "Source"),
+    "tag_activation_checkpoint": ("torch._higher_order_ops.wrap", "tag_activation_checkpoint"),
+    "compile_fx": ("torch._inductor.compile_fx", "compile_fx"),
+    "CustomGraphPass": ("torch._inductor.custom_graph_pass", "CustomGraphPass"),
+    "CustomOpDef": ("torch._library.custom_ops", "CustomOpDef"),
+    "FakeTensor": ("torch._subclasses.fake_tensor", "FakeTensor"),
+    "FakeTensorMode": ("torch._subclasses.fake_tensor", "FakeTensorMode"),
+    "make_fx": ("torch.fx.experimental.proxy_tensor", "make_fx"),
+    "CheckpointPolicy": ("torch.utils.checkpoint", "CheckpointPolicy"),
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    value = globals()[name] = getattr(importlib.import_module(module), attribute)
+    return value
 
 
 def current_graph_task() -> int:
@@ -63,6 +88,15 @@ def autocast_kernel(op: torch._ops.OpOverload, device_type: str) -> bool:
     """Whether autocast changes the dtypes of this operator's arguments on this kind of device."""
     key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}.get(device_type)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)
+
+
+def register_inductor_decompositions(table: Mapping[torch._ops.OpOverload, Callable[..., object]]) -> None:
+    """Add to the table that Inductor decomposes with, also if it has compiled something before and kept a copy."""
+    from torch._inductor import decomposition
+
+    for op, function in table.items():
+        decomposition.register_decomposition(op)(function)
+    decomposition.fast_random_decomps.cache_clear()
 
 
 def size_hint(shape_env: object, size: object) -> int:

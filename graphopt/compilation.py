@@ -45,27 +45,22 @@ def compile_graph(
             from torch._dynamo.backends.registry import lookup_backend
 
             return lookup_backend("aot_eager")(module, graph.fake_inputs)  # type: ignore[no-any-return]
-        settings = {"post_grad_custom_pre_pass": _CacheKey(passes), **(config or {})}
+        settings = {"post_grad_custom_pre_pass": _cache_key(tuple(item.uuid for item in passes)), **(config or {})}
         return _compat.compile_fx(module, graph.fake_inputs, config_patches=settings)  # type: ignore[return-value]
 
 
-class _CacheKey(_compat.CustomGraphPass):
-    """Changes nothing: it carries the identity of graphopt's passes into the keys of Inductor's and AOTAutograd's caches.
+@functools.cache
+def _cache_key(uuids: tuple[str, ...]) -> Any:
+    """A pass of Inductor's that changes nothing: it carries the identity of graphopt's passes into the keys of its caches.
 
     Without it, a new version of a ``graphopt::`` op's decomposition would find the code that the old one was compiled to.
     """
 
-    def __init__(self, passes: Sequence[Pass]) -> None:
-        super().__init__()
-        self._uuids = tuple(item.uuid for item in passes)
+    class CacheKey(_compat.CustomGraphPass):
+        def __call__(self, graph: Graph) -> None:
+            pass
 
-    def __call__(self, graph: Graph) -> None:
-        pass
+        def uuid(self) -> Any:
+            return "graphopt-" + hashlib.sha256(repr(uuids).encode()).hexdigest()
 
-    def uuid(self) -> Any:
-        return _digest(self._uuids)
-
-
-@functools.cache
-def _digest(uuids: tuple[str, ...]) -> str:
-    return "graphopt-" + hashlib.sha256(repr(uuids).encode()).hexdigest()
+    return CacheKey()

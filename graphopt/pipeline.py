@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch.fx import GraphModule
 
@@ -111,7 +111,9 @@ class Pass(ABC):
     @property
     def uuid(self) -> str:
         """Identity for the compile caches: a hash of the pass's sources and options."""
-        digest = hashlib.sha256(repr(self).encode())
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(cast(Any, self))}
+        named = {k: getattr(v, "__qualname__", v) for k, v in options.items()}  # the address of a function is no identity
+        digest = hashlib.sha256(repr(named).encode())
         module = Path(inspect.getfile(type(self)))
         for file in sorted(module.parent.rglob("*.py")) if module.name == "__init__.py" else [module]:
             digest.update(file.read_bytes())

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 import graphopt
 from graphopt.annotations import NUM_SAMPLES, SUM_GRAD_SQUARED, find
+from tests.oracle import from_losses, split_samples
 
 
 @pytest.fixture(autouse=True)
@@ -40,18 +41,7 @@ def assert_exact():
 
 def _loop(model, loss, *batch):
     model = graphopt.restore(copy.deepcopy(model))
-    named = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    found = {name: None for name in named}
-    for sample in range(_num_samples(batch)):
-        rows = pytree.tree_map_only(torch.Tensor, lambda tensor, n=sample: tensor[n : n + 1], batch)
-        grads = torch.autograd.grad(loss(model, *rows), list(named.values()), allow_unused=True)
-        for name, grad in zip(named, grads, strict=True):
-            if grad is None:
-                continue
-            wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-            total, squares = found[name] or (torch.zeros_like(wide), torch.zeros_like(wide))
-            found[name] = total + wide, squares + wide.square()
-    return {name: sums for name, sums in found.items() if sums is not None}
+    return from_losses(model, (loss(model, *rows) for rows, _ in split_samples(batch, {})))
 
 
 def _assert_exact(model, loss, *batch, **tolerance):
@@ -64,9 +54,8 @@ def _assert_exact(model, loss, *batch, **tolerance):
             continue
         assert param.grad is not None, f"{name} has no gradient"
         assert find(param, SUM_GRAD_SQUARED) is not None, f"{name} has no statistic"
-        for what, value, reference in zip(
-            ("grad", "sum_grad_squared"), (param.grad, param.sum_grad_squared), expected[name], strict=True
-        ):
+        for what in ("grad", "sum_grad_squared"):
+            value, reference = getattr(param, what), getattr(expected[name], what)
             torch.testing.assert_close(
                 value.to(reference.dtype), reference, msg=lambda text, w=what, n=name: f"{n}.{w}: {text}", **tolerance
             )

@@ -13,6 +13,7 @@ sample ``(i // inner) % num``. With ``per_token`` every row counts by itself.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Optional, cast
 
@@ -61,21 +62,19 @@ def sums(grad: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(grad.dtype, torch.float32)
     total = torch.zeros(out_features, in_features, dtype=dtype, device=grad.device)
     squares = torch.zeros_like(total)
-    budget = _CHUNK_BYTES.get(grad.device.type, _CHUNK_BYTES["cuda"])
-    chunk = max(1, min(num, budget // max(1, out_features * in_features * grad.element_size())))
+    size = out_features * in_features
+    chunk = max(1, min(num, _CHUNK_BYTES.get(grad.device.type, _CHUNK_BYTES["cuda"]) // max(1, size * grad.element_size())))
     with _compat.disable_autocast():
-        if chunk == 1:
-            product = torch.empty(out_features, in_features, dtype=grad.dtype, device=grad.device)
-            for grad_SO, input_SI in zip(grad.unbind(), input.unbind(), strict=True):
-                torch.mm(grad_SO.t(), input_SI, out=product)
-                wide = product.to(dtype)
-                total.add_(wide)
-                squares.addcmul_(wide, wide)
-        else:
-            for grad_CSO, input_CSI in zip(grad.split(chunk), input.split(chunk), strict=True):
-                products = torch.bmm(grad_CSO.transpose(1, 2), input_CSI).to(dtype)
-                total.add_(products.sum(0))
-                squares.add_(products.square_().sum(0))
+        products = torch.empty(chunk, out_features, in_features, dtype=grad.dtype, device=grad.device)
+        for grad_CSO, input_CSI in zip(grad.split(chunk), input.split(chunk), strict=True):
+            products_COI = torch.bmm(grad_CSO.transpose(1, 2), input_CSI, out=products[: grad_CSO.shape[0]]).to(dtype)
+            if grad.device.type == "cpu":  # one sample at a time is read from cache, and squared and added in one go
+                for product_OI in products_COI:
+                    total.add_(product_OI)
+                    squares.addcmul_(product_OI, product_OI)
+            else:
+                total.add_(products_COI.sum(0))
+                squares.add_(products_COI.square().sum(0))
     return total, squares
 
 
@@ -373,9 +372,24 @@ _register(
 # --- what Inductor sees ------------------------------------------------------------------------------------------------------
 
 
+_decompositions: dict[Any, Callable[..., Any]] = {}
+
+
+@functools.cache
+def register_decompositions() -> None:
+    """Tell Inductor what the operators are made of; idempotent.
+
+    They go into Inductor's own table: one that is handed to ``compile_fx`` would bypass both compile caches.
+    """
+    _compat.register_inductor_decompositions(_decompositions)
+
+
 def _decompose(op: _compat.CustomOpDef) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register into Inductor's own table: a table handed to ``compile_fx`` would bypass both compile caches."""
-    return cast(Any, _compat.register_inductor_decomposition(op._opoverload))
+    def collect(function: Callable[..., Any]) -> Callable[..., Any]:
+        _decompositions[op._opoverload] = function
+        return function
+
+    return collect
 
 
 @_decompose(linear)

@@ -131,7 +131,8 @@ class Rewriter:
 
     def _plan(self) -> tuple[list[Node], list[Node], set[Node]]:
         candidates = [param for param, found in self.uses.of.items() if found and param not in self.uses.problems]
-        for node in {use.node for param in candidates for use in self.uses.of[param]}:
+        frontier = {use.node for param in candidates for use in self.uses.of[param]}
+        for node in [node for node in self.editor.graph.nodes if node in frontier]:
             form = closed_rules[node.target](node, self) if node.target in closed_rules else Declined("no closed form")
             if isinstance(form, ClosedForm):
                 self._closed[node] = form
@@ -302,7 +303,7 @@ class Rewriter:
             self._row(param, status, reason, flops, max(form.bytes for form in forms.values()))
         for param in tied:
             self._row(param, status, "tied embedding", 4 * self._bytes(param), 2 * self._bytes(param))
-        for param in batched:
+        for param in [param for param in self.uses.of if param in batched]:
             names = ", ".join(sorted({_short(use.node) for use in self.uses.of[param]}))
             num = _hint(self._nums[param], self.graph)
             cheap = cast(Tensor, param.meta["val"]).ndim < 2 or self.per_token or self._is_lookup(param)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import sympy
 import torch
@@ -27,7 +27,7 @@ from graphopt.capture import CapturedGraph, InputKind
 from graphopt.errors import SampleAxisError
 from graphopt.inspect.location import describe
 
-Size = sympy.Expr
+Size: TypeAlias = sympy.Expr
 
 
 @dataclass(frozen=True)
@@ -447,6 +447,8 @@ def is_pointwise(target: Any) -> bool:
     if torch.Tag.pointwise in target.tags:
         return True
     name = target.overloadpacket.__name__
+    if name.startswith("__"):  # what ``a & b`` becomes
+        return name.strip("_").removeprefix("i") in ("and", "or", "xor", "lshift", "rshift")
     if not name.endswith("_") or not hasattr(torch.ops.aten, name[:-1]):
         return False
     functional = getattr(torch.ops.aten, name[:-1])
@@ -489,7 +491,7 @@ def _permuted(op: str, node: Node, ndim: int) -> list[int]:
         return [*order[:-2], *order[:-3:-1]]
     first, second = node.args[1], node.args[2]
     if op in ("movedim", "moveaxis"):
-        return torch.empty([0] * ndim).movedim(cast(int, first), cast(int, second)).ndim and _moved(order, first, second)
+        return _moved(order, first, second)
     a, b = cast(int, first) % ndim, cast(int, second) % ndim
     order[a], order[b] = order[b], order[a]
     return order

@@ -14,6 +14,7 @@ from torch.fx import Node
 from graphopt.annotations import NUM_SAMPLES, SUM_GRAD_SQUARED, Key
 from graphopt.capture import CapturedGraph, InputKind
 from graphopt.errors import OptionError, SampleAxisError, UnsupportedError
+from graphopt.passes.truegrad.ops import register_decompositions
 from graphopt.passes.truegrad.rewrite import Rewriter
 from graphopt.passes.truegrad.sample_axis import SampleAxis, find_sample_axes
 from graphopt.passes.truegrad.single_sample import rewrite_single_sample
@@ -65,6 +66,7 @@ class TrueGrad(Pass):
 
     def run(self, graph: CapturedGraph) -> PassResult:
         """Rewrite the graph."""
+        register_decompositions()
         tracked, rows = self._tracked(graph)
         if not tracked or not graph.grad_enabled:
             return PassResult(graph, 0)

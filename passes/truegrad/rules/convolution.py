@@ -54,6 +54,7 @@ def convolution(node: Node, context: Context) -> ClosedForm | Declined:
 
     def emit() -> Node:
         editor = context.editor
+        input = _arguments(node)[0]  # again: other rules may have replaced it
         patches = _patches(context.editor, editor.detached(input), weight.meta["val"].shape[2:], stride, padding, dilation)
         weight_sq = context.companion(weight) if weight in values else None
         bias_sq = context.companion(bias) if bias in values else None

@@ -42,6 +42,7 @@ def embedding(node: Node, context: Context) -> ClosedForm | Declined:
         return Declined("the table is computed from parameters")
 
     def emit() -> Node:
+        table, indices, padding_idx = check(node)  # again: other rules may have replaced them
         rows = context.editor.rows(layout)
         companion = context.companion(table)
         tail = (indices, padding_idx, layout.axis, *rows, context.per_token)

@@ -105,6 +105,8 @@ def linear(node: Node, context: Context) -> ClosedForm | Declined:
 
     def emit() -> Node:
         editor = context.editor
+        operands = cast(_Operands, find_operands(node))  # again: other rules may have replaced them
+        input, weight, bias = operands.input, operands.weight, operands.bias
         weights = [weight, context.companion(weight) if weight in served else None]
         if operands.transposed:
             weights = [value and editor.call(aten.t.default, value) for value in weights]
