@@ -8,7 +8,7 @@ clear message, rather than later with an unexplained one.
 
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch._dynamo.source import is_from_unspecialized_nn_module_source as is_from_module_source
     from torch._guards import CompileContext as CompileContext
     from torch._guards import Source as Source
+    from torch._functorch.autograd_function import autograd_function_apply as autograd_function_apply
     from torch._higher_order_ops.wrap import tag_activation_checkpoint as tag_activation_checkpoint
     from torch._inductor.compile_fx import compile_fx as compile_fx
     from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
@@ -55,6 +56,7 @@ _LAZY = {
     "is_from_module_source": ("torch._dynamo.source", "is_from_unspecialized_nn_module_source"),
     "CompileContext": ("torch._guards", "CompileContext"),
     "Source": ("torch._guards", "Source"),
+    "autograd_function_apply": ("torch._functorch.autograd_function", "autograd_function_apply"),
     "tag_activation_checkpoint": ("torch._higher_order_ops.wrap", "tag_activation_checkpoint"),
     "compile_fx": ("torch._inductor.compile_fx", "compile_fx"),
     "CustomGraphPass": ("torch._inductor.custom_graph_pass", "CustomGraphPass"),
@@ -103,3 +105,15 @@ def size_hint(shape_env: object, size: object) -> int:
     """The value that a symbolic size had when its graph was captured."""
     hint = getattr(shape_env, "optimization_hint", None) or shape_env.size_hint  # type: ignore[attr-defined]  # before 2.13
     return int(hint(size))
+
+
+def aot_eager(graph_module: torch.fx.GraphModule, fake_inputs: Sequence[object]) -> Callable[..., object]:
+    """AOTAutograd with the partitioner that Inductor uses, and an interpreter in place of Inductor.
+
+    torch's own ``aot_eager`` partitions without it, and mixes up saved values when checkpointed regions hold custom operators.
+    """
+    from functorch.compile import min_cut_rematerialization_partition, nop
+    from torch._dynamo.backends.common import aot_autograd
+
+    backend = aot_autograd(fw_compiler=nop, bw_compiler=nop, partition_fn=min_cut_rematerialization_partition)
+    return backend(graph_module, fake_inputs)  # type: ignore[no-any-return]

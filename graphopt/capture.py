@@ -31,7 +31,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from graphopt import _compat
 from graphopt.annotations import Key
-from graphopt.errors import OptionError
+from graphopt.errors import OptionError, UnsupportedError
 from graphopt.inspect.location import plain_name
 
 SampleAxisOption = int | None | Mapping[str, int | None]
@@ -252,6 +252,11 @@ class _Lowering(Interpreter):
         if target in (_compat.enter_autocast, _compat.exit_autocast):
             with torch._C.DisableTorchFunction():  # change the state, and leave no node
                 return target(*args, **kwargs)
+        if target is _compat.autograd_function_apply:
+            raise UnsupportedError(
+                f"the model calls a torch.autograd.Function of its own{_where()}: its backward would be lost in the capture. "
+                "Decorate the function that calls it with torch.compiler.disable, so that it runs between two graphs"
+            )
         if target is _compat.tag_activation_checkpoint:
             body, *operands = args
             tags = {"recompute": _compat.CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": next(_checkpoint_ids)}
@@ -287,6 +292,13 @@ def _make_autocast_explicit(graph: Graph) -> None:
 
         node.args = torch.fx.map_arg(node.args, cast)
         node.kwargs = torch.fx.map_arg(node.kwargs, cast)
+
+
+def _where() -> str:
+    """The user's source line of the node that is being lowered."""
+    trace = torch.fx.traceback.get_current_meta().get("stack_trace")
+    lines = [line.strip() for line in (trace or "").splitlines() if line.strip()]
+    return f" at {lines[-2]}: {lines[-1]}" if len(lines) > 1 else ""
 
 
 def _autocast_state() -> tuple[str, ...] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -217,7 +218,9 @@ class _Handle:
             return self.setup.compile(graph_module, example_inputs, NamedTensors.of(model), self.records.append)
 
         functools.update_wrapper(compile_one, backend)
-        compiled = torch.compile(call, backend=compile_one, dynamic=self.dynamic, fullgraph=self.setup.fullgraph)
+        # Dynamo counts recompilations by code object: without one of its own, every transformed model would share a limit.
+        own = types.FunctionType(call.__code__.replace(), globals(), call.__name__, None, call.__closure__)
+        compiled = torch.compile(own, backend=compile_one, dynamic=self.dynamic, fullgraph=self.setup.fullgraph)
         model.__dict__[_HANDLE] = self
         model.__dict__["_compiled_call_impl"] = _entry(model, compiled, self.setup)
 

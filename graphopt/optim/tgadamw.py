@@ -150,7 +150,9 @@ class TGAdamW(TrueGradOptimizer):
 
     @torch.compiler.disable(reason="annotations are read in Python, and the kernels are compiled here")  # type: ignore[untyped-decorator]
     def _update_all(self) -> None:
-        updates = [self._prepare(gradient) for gradient in self._gradients()]
+        gradients = self._gradients()
+        numbers = {id(group): _numbers(group) for group in self.param_groups}
+        updates = [self._prepare(gradient, numbers[id(gradient.group)]) for gradient in gradients]
         runs = plan(updates)  # compiles, so it can fail: before anything is changed
         counts = ("step", "num_statistics")
         counted = [update.state[name] for update in updates if update.tensors.statistic is not None for name in counts]
@@ -173,20 +175,12 @@ class TGAdamW(TrueGradOptimizer):
             if not float(group[name]) >= 0.0:
                 raise OptionError(f"TGAdamW: {name}={group[name]}; expected a number, at least 0")
 
-    def _prepare(self, gradient: Gradient) -> Update:
+    def _prepare(self, gradient: Gradient, numbers: tuple[float, ...]) -> Update:
         """The tensors and coefficients of one parameter's update; creates the state where there is none."""
         group, param, grad, statistic, num_samples = gradient
         state = self._init_state(group, param, grad)
-        beta1, beta2, *beta3 = group["betas"]
-        coefficients = make_coefficients(
-            float(group["lr"]),
-            (float(beta1), float(beta2), float(beta3[0] if beta3 else beta2)),
-            float(group["eps"]),
-            float(group["weight_decay"]),
-            state["step"].item() + 1,
-            state["num_statistics"].item() + 1 if statistic is not None else 1,
-            num_samples,
-        )
+        num_statistics = 1 if statistic is None else state["num_statistics"].item() + 1
+        coefficients = make_coefficients(*numbers, state["step"].item() + 1, num_statistics, num_samples)
         per_sample_sq = None if statistic is None else state["exp_avg_per_sample_sq"]
         tensors = Tensors(param, grad, statistic, state["exp_avg"], state.get("exp_avg_sq"), per_sample_sq)
         flat = tensors.flat()
@@ -209,3 +203,10 @@ class TGAdamW(TrueGradOptimizer):
             state["exp_avg_per_sample_sq"] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
             state["num_statistics"] = new_count()
         return state
+
+
+def _numbers(group: dict[str, Any]) -> tuple[float, ...]:
+    """lr, beta1, beta2, beta3, eps and weight_decay of a group, which may hold some of them as tensors."""
+    beta1, beta2, *beta3 = group["betas"]
+    numbers = (group["lr"], beta1, beta2, beta3[0] if beta3 else beta2, group["eps"], group["weight_decay"])
+    return tuple([float(number) for number in numbers])

@@ -100,15 +100,16 @@ class _Kind(NamedTuple):
 @functools.lru_cache(maxsize=64)  # the same for nearly all parameters of a group
 def make_coefficients(
     lr: float,
-    betas: tuple[float, float, float],
+    beta1: float,
+    beta2: float,
+    beta3: float,
     eps: float,
     weight_decay: float,
     step: float,
     num_statistics: float,
-    num_samples: int,
+    num_samples: float,
 ) -> Coefficients:
     """The coefficients of step number ``step``, with statistic number ``num_statistics``."""
-    beta1, beta2, beta3 = betas
     debias_per_sample_sq = math.sqrt(1 - beta3**num_statistics)
     return Coefficients(
         weight=1 - beta1,

@@ -111,6 +111,8 @@ class Editor:
 
     def size(self, size: Size) -> Node | int:
         """An integer, or a node that computes the size from the sizes of the inputs, at the top of the graph."""
+        if self.captured.fake_mode.shape_env is not None:
+            size = self.captured.fake_mode.shape_env.replace(size)  # symbols that were found to be equal have one name
         if size.is_Integer:
             return int(cast(Any, size))
         if size not in self._sizes:

@@ -25,7 +25,7 @@ from graphopt.passes.truegrad._registry import ClosedForm, Declined, batched_rul
 from graphopt.passes.truegrad.editor import Editor
 from graphopt.passes.truegrad.rules.embedding import check as check_embedding
 from graphopt.passes.truegrad.rules.tied_embedding import is_tied_embedding, rewrite_tied_embedding
-from graphopt.passes.truegrad.sample_axis import Free, Layout, Layouts, SampleAxis, Size, is_pointwise, shape_of
+from graphopt.passes.truegrad.sample_axis import Free, Layout, Layouts, Lost, SampleAxis, Size, is_pointwise, shape_of
 from graphopt.passes.truegrad.uses import Use, Uses, overlap
 from graphopt.pipeline import Coverage, Status
 
@@ -35,6 +35,15 @@ aten = torch.ops.aten
 _BROADCASTING = frozenset(
     [aten.expand.default, aten.broadcast_to.default, aten.where.self, aten.scaled_dot_product_attention.default, aten.lerp.Tensor]
 )
+
+
+def _weight_norm(direction: Tensor, length: Tensor, dim: int = 0) -> Tensor:
+    others = [axis for axis in range(direction.dim()) if axis != dim]
+    return direction * (length / torch.linalg.vector_norm(direction, dim=others, keepdim=True))
+
+
+# Operators without forward derivative, in terms of others that have one.
+_DECOMPOSED: dict[Any, Any] = {aten._weight_norm.default: _weight_norm}
 
 
 class Rewriter:
@@ -176,6 +185,8 @@ class Rewriter:
                     new = self._batched_node(node)
                 except _Unserved as problem:
                     new = Declined(str(problem))
+            if isinstance(new, Node) and not _alike(new, node):
+                new = Declined(f"its batched form gives {_form(new)} instead of {_form(node)}")
             if isinstance(new, Declined):
                 for param in frontier[node]:
                     failed.setdefault(param, f"{describe(node)}: {new.reason}")
@@ -205,6 +216,8 @@ class Rewriter:
         """Any operator: one call for each sample, batched by ``torch.func.vmap`` and traced into the graph."""
         layout = self.sample_axis(node)
         editor, num = self.editor, self.editor.size(layout.num)
+        if not layout.is_plain:
+            return Declined("samples are interleaved with other rows")
         arguments = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor)]
         dims, operands = [], []
         for argument in arguments:
@@ -217,15 +230,17 @@ class Rewriter:
             else:
                 if isinstance(own, SampleAxis) and not own.is_plain:
                     return Declined("samples are interleaved with other rows")
+                if isinstance(own, Lost):
+                    return Declined("its other operand mixes samples")
                 operands.append(argument)
                 dims.append(own.axis if isinstance(own, SampleAxis) else None)
-        if not layout.is_plain:
-            return Declined("samples are interleaved with other rows")
+        axes = [own.axis if isinstance(own := self.layout(a), SampleAxis) else None for a in arguments]
 
-        def one(*values: Any) -> Any:
-            mapping = dict(zip(arguments, values, strict=True))
+        def one(*values: Any) -> Any:  # a batch of one
+            batches = [v if axis is None else v.unsqueeze(axis) for v, axis in zip(values, axes, strict=True)]
+            mapping = dict(zip(arguments, batches, strict=True))
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda a: mapping.get(a, a.meta["val"]))
-            return cast(Any, node.target)(*args, **kwargs)
+            return cast(Any, node.target)(*args, **kwargs).squeeze(layout.axis)
 
         try:
             return cast(Node, editor.inline(vmap(one, tuple(dims), layout.axis, randomness="different"), *operands))
@@ -248,7 +263,7 @@ class Rewriter:
             def function(*values: Any) -> Any:
                 mapping = dict(zip(arguments, primals, strict=True)) | dict(zip(moving, values, strict=True))
                 args, kwargs = torch.fx.map_arg((value.args, value.kwargs), lambda a: mapping.get(a, a.meta["val"]))
-                return cast(Any, value.target)(*args, **kwargs)
+                return _DECOMPOSED.get(value.target, cast(Any, value.target))(*args, **kwargs)
 
             start = tuple(primals[arguments.index(a)] for a in moving)
             return jvp(function, start, directions)[1]
@@ -267,7 +282,10 @@ class Rewriter:
     def _lookup_tangent(self, value: Node) -> Node:
         """Rows of a table that do not depend on samples (positions): look them up for each, and let the closed form square."""
         editor = self.editor
-        table, indices, padding_idx = check_embedding(value)
+        checked = check_embedding(value)
+        if isinstance(checked, Declined):
+            raise _Unserved(checked.reason)
+        table, indices, padding_idx = checked
         num = editor.size(self._nums[table])
         sizes = [editor.size(size) for size in _sizes(indices)]
         each = editor.call(aten.expand.default, indices, [num, *sizes])
@@ -330,6 +348,19 @@ class Rewriter:
 
 class _Unserved(Exception):
     """A rule found out too late that it does not apply; caught by the rewriter."""
+
+
+def _alike(new: Node, old: Node) -> bool:
+    """Whether a replacement has the shape and dtype of what it replaces."""
+    a, b = new.meta["val"], old.meta["val"]
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b)
+    return a.dtype == b.dtype and shape_of(a) == shape_of(b)
+
+
+def _form(node: Node) -> str:
+    value = node.meta["val"]
+    return f"{value.dtype} {tuple(shape_of(value))}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _sizes(node: Node) -> list[Size]:

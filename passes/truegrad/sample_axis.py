@@ -218,6 +218,10 @@ class _Propagation:
             return _reshaped(layout, shape_of(_value(first)), shape_of(value)) or Lost(node, "a view cuts through samples")
         if op in _ROW_WISE and isinstance(layout, SampleAxis):
             axes = _axes(node, _ROW_WISE[op], value.ndim)
+            if op == "sort" and axes is None:
+                axes = [value.ndim - 1]
+            if op in ("pad", "constant_pad_nd"):
+                axes = _padded(node, value.ndim)
             mixes = axes is not None and layout.axis in axes
             keeps = layout.axis < value.ndim and shape_of(value)[layout.axis] == shape_of(_value(first))[layout.axis]
             return layout if keeps and not mixes else Lost(node, f"{op} works across samples")
@@ -254,8 +258,7 @@ class _Propagation:
             return FREE
         if len(axes) == 1 and sizes[axes[0]] in self.sources:
             num = sizes[axes[0]]
-            iota = cast(Any, node.target).overloadpacket is torch.ops.aten.arange
-            return SampleAxis(axes[0], num, self.sources[num], is_iota=iota)
+            return SampleAxis(axes[0], num, self.sources[num], is_iota=_counts_up(node))
         return Lost(node, "rows in an order that is not known")
 
     def _pointwise(self, node: Node, value: Tensor) -> Layout:
@@ -268,7 +271,8 @@ class _Propagation:
 
     def _reduced(self, node: Node, value: Tensor, layout: SampleAxis) -> Layout:
         before = _value(node.args[0]).ndim
-        axes = _axes(node, 1, before)
+        op = cast(Any, node.target).overloadpacket.__name__
+        axes = _axes(node, 2 if op in ("linalg_vector_norm", "norm") else 1, before)
         if axes is None or layout.axis in axes:
             return Lost(node, "a reduction over the samples")
         return layout.at(layout.axis - (sum(axis < layout.axis for axis in axes) if value.ndim < before else 0))
@@ -338,7 +342,8 @@ class _Propagation:
         return Lost(node, "samples are repeated")
 
     def _op_copy_(self, node: Node, value: Tensor, layout: Layout) -> Layout:
-        return self._pointwise(node, value)
+        source = self.layout(node.args[1])
+        return source if isinstance(source, Lost) else self._pointwise(node, value)
 
     def _op_linear(self, node: Node, value: Tensor, layout: Layout) -> Layout:
         if isinstance(layout, SampleAxis) and layout.axis < value.ndim - 1:
@@ -460,6 +465,15 @@ def _is_view(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
 
 
+def _counts_up(node: Node) -> bool:
+    """Whether a node gives 0, 1, 2, ..."""
+    op, args = node.target, node.args
+    return op is torch.ops.aten.arange.default or (
+        (op is torch.ops.aten.arange.start and args[0] == 0)
+        or (op is torch.ops.aten.arange.start_step and args[0] == 0 and (len(args) < 3 or args[2] == 1))
+    )
+
+
 def _reshaped(layout: SampleAxis, before: list[Size], after: list[Size]) -> SampleAxis | None:
     """Row-major views: find the axis that holds the whole block of samples."""
     step = layout.inner * sympy.prod(before[layout.axis + 1 :])  # elements of one sample's block
@@ -505,6 +519,12 @@ def _moved(order: list[int], source: Any, destination: Any) -> list[int]:
     for target, axis in sorted((d % ndim, s % ndim) for s, d in zip(sources, destinations, strict=True)):
         rest.insert(target, axis)
     return rest
+
+
+def _padded(node: Node, ndim: int) -> list[int]:
+    """The axes that a padding changes."""
+    amounts = cast(Sequence[Any], node.args[1])
+    return [ndim - 1 - pair for pair in range(len(amounts) // 2) if amounts[2 * pair] != 0 or amounts[2 * pair + 1] != 0]
 
 
 def _axes(node: Node, position: int | None, ndim: int) -> list[int] | None:

@@ -79,6 +79,13 @@ class Uses:
     selections: dict[Node, Chain] = field(default_factory=dict)
     problems: dict[Node, str] = field(default_factory=dict)
 
+    def extend(self, value: Node, view: Node) -> None:
+        """Enter a view of ``value`` that a rule has made."""
+        self.params[view] = self.params[value]
+        for chains in (self.views, self.selections):
+            if value in chains:
+                chains[view] = Chain(chains[value].root, (*chains[value].steps, view))
+
 
 def find_uses(graph: CapturedGraph, layouts: Layouts, tracked: list[Node]) -> Uses:
     """Follow every tracked parameter from its placeholder to its frontier."""

@@ -18,8 +18,6 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from graphopt.errors import UnsupportedError
-from graphopt.inspect.location import describe
 from graphopt.passes.truegrad import ops  # noqa: F401  registers torch.ops.graphopt
 from graphopt.passes.truegrad._registry import ClosedForm, Context, Declined, batched_rule, closed_form
 from graphopt.passes.truegrad.sample_axis import SampleAxis
@@ -36,13 +34,16 @@ SAMPLES = (
 @closed_form(aten.embedding.default)
 def embedding(node: Node, context: Context) -> ClosedForm | Declined:
     """Replace the look-up by ``graphopt::embedding``."""
-    table, indices, padding_idx = check(node)
+    checked = check(node)
+    if isinstance(checked, Declined):
+        return checked
+    table, indices, _ = checked
     layout = context.layout(indices)
     if table not in context.uses.views or not isinstance(layout, SampleAxis):
         return Declined("the table is computed from parameters")
 
     def emit() -> Node:
-        table, indices, padding_idx = check(node)  # again: other rules may have replaced them
+        table, indices, padding_idx = cast(Any, check(node))  # again: other rules may have replaced them
         rows = context.editor.rows(layout)
         companion = context.companion(table)
         tail = (indices, padding_idx, layout.axis, *rows, context.per_token)
@@ -56,7 +57,10 @@ def embedding(node: Node, context: Context) -> ClosedForm | Declined:
 @batched_rule(aten.embedding.default)
 def embedding_batched(node: Node, context: Context) -> Node | Declined:
     """A table that is tied to something else, or computed: sample n looks up its own (V, D) slice."""
-    table, indices, padding_idx = check(node)
+    checked = check(node)
+    if isinstance(checked, Declined):
+        return checked
+    table, indices, padding_idx = checked
     layout = context.sample_axis(indices)
     if not layout.is_plain:
         return Declined("samples are interleaved with other rows")
@@ -74,18 +78,12 @@ def embedding_batched(node: Node, context: Context) -> Node | Declined:
     return editor.call(torch.ops.graphopt.with_tangent.default, value, found)
 
 
-def check(node: Node) -> tuple[Node, Node, int]:
-    """Table, indices and padding row.
-
-    Raises:
-        UnsupportedError: sparse gradients, or gradients scaled by frequency.
-    """
-    table, indices, padding_idx, scale, sparse = (*cast(Any, node.args), *(-1, False, False)[len(node.args) - 2 :])
+def check(node: Node) -> tuple[Node, Node, int] | Declined:
+    """Table, indices and padding row; sparse gradients, and gradients scaled by frequency, are declined."""
+    given = cast(Any, node.args)
+    table, indices, padding_idx, scale, sparse = [*given, *(-1, False, False)[len(given) - 2 :]]
     if sparse:
-        raise UnsupportedError(f"{describe(node)} has sparse gradients, and the statistic is dense: build it with sparse=False")
+        return Declined("its gradient is sparse, and the statistic is dense: build it with sparse=False")
     if scale:
-        raise UnsupportedError(
-            f"{describe(node)} scales gradients by the frequency of a row in the whole batch, which mixes samples: build it "
-            "with scale_grad_by_freq=False"
-        )
+        return Declined("it scales gradients by how often a row occurs in the whole batch: build it with scale_grad_by_freq=False")
     return table, indices, padding_idx

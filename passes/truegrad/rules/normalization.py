@@ -1,4 +1,4 @@
-"""``aten.layer_norm`` and ``aten.rms_norm``: the affine part is a product and a sum that broadcast.
+"""``layer_norm``, ``rms_norm``, ``group_norm``, ``instance_norm``, ``batch_norm``: the affine part is a product and a sum.
 
 Legend: N samples, S positions, D features. H_NSD is the normalised input, G_NSD the gradient at the output.
 
@@ -6,6 +6,9 @@ Legend: N samples, S positions, D features. H_NSD is the normalised input, G_NSD
 
 Cost: the reductions of the ordinary backward, kept apart by sample: memory O(N D). ``per="token"`` squares before the sum
 over s.
+
+A sample's contribution is its own rows' term: where the normalisation itself mixes samples (``batch_norm`` in training), the
+statistics of the batch are taken as given.
 
 Source: the chain rule for y = H * weight + bias.
 """
@@ -28,6 +31,10 @@ SAMPLES = (
     lambda: (nn.LayerNorm([5, 3]), torch.randn(4, 5, 3)),
     lambda: (nn.LayerNorm(3, bias=False), torch.randn(4, 5, 3)),
     lambda: (nn.RMSNorm(3), torch.randn(4, 5, 3)),
+    lambda: (nn.GroupNorm(2, 4), torch.randn(4, 4, 5)),
+    lambda: (nn.InstanceNorm1d(3, affine=True), torch.randn(4, 3, 5)),
+    lambda: (nn.BatchNorm1d(3).eval(), torch.randn(4, 3)),
+    lambda: (nn.BatchNorm2d(3).eval(), torch.randn(4, 3, 2, 2)),
 )
 
 
@@ -45,6 +52,33 @@ def rms_norm(node: Node, context: Context) -> Node | Declined:
     input, shape, weight, *tail = (*cast(Any, node.args), *(None,)[len(node.args) - 2 :])
     normalised = context.editor.call(aten.rms_norm.default, input, shape, None, *tail)
     return _affine(node, context, normalised, weight, None)
+
+
+@batched_rule(aten.group_norm.default)
+def group_norm(node: Node, context: Context) -> Node | Declined:
+    """Split into normalisation, product and sum over channels."""
+    input, groups, weight, bias, *tail = (*cast(Any, node.args), *(None, None)[max(0, len(node.args) - 2) :])
+    normalised = context.editor.call(aten.group_norm.default, input, groups, None, None, *tail[:1])
+    return _affine(node, context, normalised, *(_over_channels(value, node, context) for value in (weight, bias)))
+
+
+@batched_rule(aten.batch_norm.default, aten.instance_norm.default)
+def batch_norm(node: Node, context: Context) -> Node | Declined:
+    """Split into normalisation, product and sum over channels; running statistics are updated as before."""
+    input, weight, bias, *tail = cast(Any, node.args)
+    normalised = context.editor.call(cast(Any, node.target), input, None, None, *tail)
+    return _affine(node, context, normalised, *(_over_channels(value, node, context) for value in (weight, bias)))
+
+
+def _over_channels(value: Node | None, node: Node, context: Context) -> Node | None:
+    """(C,) -> (C, 1, ...), so that it broadcasts over the axes behind the channels."""
+    behind = node.meta["val"].ndim - 2
+    if value is None or not behind:
+        return value
+    column = context.editor.call(aten.reshape.default, value, [-1] + [1] * behind)
+    if value in context.uses.params:
+        context.uses.extend(value, column)
+    return column
 
 
 def _affine(node: Node, context: Context, normalised: Node, weight: Node | None, bias: Node | None) -> Node:

@@ -77,10 +77,14 @@ def is_tied_embedding(param: Node, uses: list[Use], context: Context) -> bool:
     if _reached(projection.value, operands.transposed) is not param or any(_reached(use.value, False) is not param for use in lookups):
         return False
     bias_is_plain = operands.bias is None or operands.bias in context.uses.views or operands.bias not in context.uses.params
-    layouts = [context.layout(check(use.node)[1]) for use in lookups] + [context.layout(operands.input)]
-    plain = all(isinstance(layout, SampleAxis) for layout in layouts)
-    same_padding = len({check(use.node)[2] for use in lookups}) == 1
-    return bias_is_plain and plain and same_padding and (len(lookups) == 1 or _movable(lookups))
+    checked = [check(use.node) for use in lookups]
+    if any(isinstance(item, Declined) for item in checked) or not isinstance(context.layout(operands.input), SampleAxis):
+        return False
+    layouts = [context.layout(_indices(use)) for use in lookups]
+    if not all(isinstance(layout, SampleAxis) and (layout.is_plain or len(lookups) == 1) for layout in layouts):
+        return False
+    same_padding = len({_padding(use) for use in lookups}) == 1
+    return bias_is_plain and same_padding and (len(lookups) == 1 or _movable(lookups))
 
 
 def rewrite_tied_embedding(param: Node, uses: list[Use], context: Context) -> list[Node]:
@@ -88,12 +92,12 @@ def rewrite_tied_embedding(param: Node, uses: list[Use], context: Context) -> li
     (projection,), lookups = _split(uses)
     editor, first = context.editor, lookups[0].node
     companion = context.companion(param)
-    all_indices = [check(use.node)[1] for use in lookups]
+    all_indices = [_indices(use) for use in lookups]
     for use, indices in zip(lookups[1:], all_indices[1:], strict=True):
         _hoist(indices, use.node, first)
     with editor.before(first):
         layout = context.sample_axis(all_indices[0])
-        padding_idx = check(first)[2]
+        padding_idx = _padding(lookups[0])
         if len(lookups) == 1:
             indices, rows = all_indices[0], (layout.axis, *editor.rows(layout))
         else:
@@ -127,9 +131,11 @@ def _by_sample(context: Context, indices: Node) -> Node:
     """(N, S), whichever way the indices lie."""
     editor, layout = context.editor, context.sample_axis(indices)
     value = indices
-    if layout.axis != 0 or layout.outer != 1:
+    if not layout.is_plain:
         value = editor.call(aten.unflatten.int, value, layout.axis, list(editor.rows(layout)))
         value = editor.call(aten.movedim.int, value, layout.axis + 1, 0)
+    elif layout.axis != 0:
+        value = editor.call(aten.movedim.int, value, layout.axis, 0)
     return editor.call(aten.reshape.default, value, [editor.size(layout.num), -1])
 
 
@@ -141,10 +147,20 @@ def _parts(context: Context, found: Node, parts: list[Node], indices: list[Node]
         length = editor.call(aten.sym_size.int, part, 1)
         end = editor.call(operator.add, start, length)
         rows = editor.call(aten.slice.Tensor, found, 1, start, end)
-        sizes = [editor.call(aten.sym_size.int, original, axis) for axis in range(original.meta["val"].ndim)]
-        results.append(editor.call(aten.reshape.default, rows, [*sizes, -1]))
+        axis = context.sample_axis(original).axis
+        others = [editor.call(aten.sym_size.int, original, a) for a in range(original.meta["val"].ndim) if a != axis]
+        shaped = editor.call(aten.reshape.default, rows, [editor.call(aten.sym_size.int, rows, 0), *others, -1])
+        results.append(editor.call(aten.movedim.int, shaped, 0, axis))
         start = end
     return results
+
+
+def _indices(use: Use) -> Node:
+    return cast(Node, use.node.args[1])
+
+
+def _padding(use: Use) -> int:
+    return cast(int, use.node.args[2]) if len(use.node.args) > 2 else -1
 
 
 def _split(uses: list[Use]) -> tuple[list[Use], list[Use]]:
@@ -167,7 +183,7 @@ def _movable(lookups: list[Use]) -> bool:
     for node in lookups[0].node.graph.nodes:
         if any(argument in downstream for argument in node.all_input_nodes):
             downstream.add(node)
-    return not any(_sources(check(use.node)[1], use.node) & downstream for use in lookups[1:])
+    return not any(_sources(_indices(use), use.node) & downstream for use in lookups[1:])
 
 
 def _hoist(node: Node, user: Node, target: Node) -> None:
