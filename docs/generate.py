@@ -20,11 +20,20 @@ def rules_table() -> str:
     rows = ["| rule | operators | what it computes |", "|---|---|---|"]
     for info in sorted(pkgutil.iter_modules(rules.__path__), key=lambda info: info.name):
         module = importlib.import_module(f"{rules.__name__}.{info.name}")
-        targets = {t for table in (closed_rules, batched_rules) for t, rule in table.items() if rule.__module__ == module.__name__}
-        operators = ", ".join(sorted({f"`{target.overloadpacket.__name__}`" for target in targets})) or "`embedding` + `linear`"
+        targets = {
+            t
+            for table in (closed_rules, batched_rules)
+            for t, rule in table.items()
+            if rule.__module__ == module.__name__
+        }
+        operators = (
+            ", ".join(sorted({f"`{target.overloadpacket.__name__}`" for target in targets})) or "`embedding` + `linear`"
+        )
         summary = " ".join((module.__doc__ or "").split("\n\n")[0].split())
         rows.append(f"| `{info.name}` | {operators} | {summary.replace('``', '`')} |")
-    rows.append("| (general) | every operator that broadcasts | one gradient row for each sample, summed and squared in the same kernel |")
+    rows.append(
+        "| (general) | every operator that broadcasts | one gradient row for each sample, summed and squared in the same kernel |"
+    )
     rows.append("| (general) | any other operator | `torch.func.vmap`; what it cannot batch is refused by name |")
     return "\n".join(rows)
 

@@ -1,6 +1,6 @@
 """graphopt: a compiler for training PyTorch models.
 
-    model = graphopt.transform(model)        # or torch.compile(model, backend="graphopt")
+model = graphopt.transform(model)        # or torch.compile(model, backend="graphopt")
 """
 
 from graphopt import _compat as _compat  # first: it checks the torch version

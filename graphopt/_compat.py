@@ -4,12 +4,10 @@ Read in torch 2.13.0. The supported range is checked here, so that a torch outsi
 clear message, rather than later with an unexplained one.
 """
 
-# ruff: noqa: E402  the version is checked before the private names are imported
-
 import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,9 +19,9 @@ if not _OLDEST <= _found <= _NEWEST:
         "between releases. Type: pip install 'torch>=2.11,<2.16'"
     )
 
-from torch.amp.autocast_mode import _enter_autocast as enter_autocast
-from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 
+enter_autocast = torch.amp.autocast_mode._enter_autocast
+exit_autocast = torch.amp.autocast_mode._exit_autocast
 disable_autocast = torch._C._DisableAutocast
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 set_grad_enabled_op = torch._C._set_grad_enabled  # the node that a torch.no_grad() region leaves in a lowered graph
@@ -32,12 +30,10 @@ set_grad_enabled_op = torch._C._set_grad_enabled  # the node that a torch.no_gra
 if TYPE_CHECKING:
     from torch._dynamo import maybe_mark_dynamic as maybe_mark_dynamic
     from torch._dynamo.exc import BackendCompilerFailed as BackendCompilerFailed
-    from torch._dynamo.exc import TensorifyScalarRestartAnalysis as RestartCapture
     from torch._dynamo.source import LocalSource as LocalSource
-    from torch._dynamo.source import is_from_unspecialized_nn_module_source as is_from_module_source
+    from torch._functorch.autograd_function import autograd_function_apply as autograd_function_apply
     from torch._guards import CompileContext as CompileContext
     from torch._guards import Source as Source
-    from torch._functorch.autograd_function import autograd_function_apply as autograd_function_apply
     from torch._higher_order_ops.wrap import tag_activation_checkpoint as tag_activation_checkpoint
     from torch._inductor.compile_fx import compile_fx as compile_fx
     from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
@@ -68,7 +64,7 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _LAZY[name]
@@ -81,9 +77,9 @@ def current_graph_task() -> int:
     return torch._C._current_graph_task_id()
 
 
-def call_after_backward(function: object) -> None:
+def call_after_backward(function: Callable[[], None]) -> None:
     """Call ``function()`` when the backward pass that is running on this thread has ended."""
-    torch.autograd.Variable._execution_engine.queue_callback(function)  # type: ignore[attr-defined]
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def autocast_kernel(op: torch._ops.OpOverload, device_type: str) -> bool:
@@ -116,4 +112,4 @@ def aot_eager(graph_module: torch.fx.GraphModule, fake_inputs: Sequence[object])
     from torch._dynamo.backends.common import aot_autograd
 
     backend = aot_autograd(fw_compiler=nop, bw_compiler=nop, partition_fn=min_cut_rematerialization_partition)
-    return backend(graph_module, fake_inputs)  # type: ignore[no-any-return]
+    return backend(graph_module, fake_inputs)

@@ -220,7 +220,8 @@ def _probe(grad: Tensor) -> Tensor:
 
 
 def _norm(grad: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(grad.detach(), dtype=torch.promote_types(grad.dtype, torch.float32))
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    return cast(Tensor, torch.linalg.vector_norm(grad.detach(), dtype=wide))
 
 
 def _follow(param: Tensor, record: _Record) -> None:

@@ -112,10 +112,13 @@ class Pass(ABC):
     def uuid(self) -> str:
         """Identity for the compile caches: a hash of the pass's sources and options."""
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(cast(Any, self))}
-        named = {k: getattr(v, "__qualname__", v) for k, v in options.items()}  # the address of a function is no identity
+        named = {
+            k: getattr(v, "__qualname__", v) for k, v in options.items()
+        }  # the address of a function is no identity
         digest = hashlib.sha256(repr(named).encode())
         module = Path(inspect.getfile(type(self)))
-        for file in sorted(module.parent.rglob("*.py")) if module.name == "__init__.py" else [module]:
+        in_a_folder = type(self).__module__.rpartition(".")[0] not in ("", "graphopt.passes")  # a pass with rules
+        for file in sorted(module.parent.rglob("*.py")) if in_a_folder else [module]:
             digest.update(file.read_bytes())
         return f"{self.name}-{digest.hexdigest()[:16]}"
 
@@ -179,7 +182,9 @@ class Record:
         return tuple(row for record in self.passes for row in record.result.coverage)
 
     def __repr__(self) -> str:
-        return f"Record({len(self.before.graph.nodes)} -> {len(self.after.graph.nodes)} nodes, passes={list(self.passes)})"
+        return (
+            f"Record({len(self.before.graph.nodes)} -> {len(self.after.graph.nodes)} nodes, passes={list(self.passes)})"
+        )
 
 
 def count_ops(graph_module: GraphModule) -> Counter[str]:
@@ -231,7 +236,9 @@ def run_passes(graph: CapturedGraph, passes: Sequence[Pass]) -> tuple[CapturedGr
             result = item.run(graph.copy())
             _verify(result.graph)
         except GraphoptError as error:
-            error.add_note(f"raised by the pass {item.name!r}; the model is unchanged, and graphopt.restore(model) trains it without graphopt")
+            error.add_note(
+                f"raised by the pass {item.name!r}; the model is unchanged: graphopt.restore(model) trains it as it was"
+            )
             raise
         except Exception as error:
             raise PassError(
@@ -260,7 +267,9 @@ def _verify(graph: CapturedGraph) -> None:
     graph.graph_module.recompile()
     names = [node.name for node in graph.placeholders]
     if not len(names) == len(graph.inputs) == len(graph.fake_inputs):
-        raise ValueError(f"{len(names)} placeholders, {len(graph.inputs)} inputs and {len(graph.fake_inputs)} fake inputs")
+        raise ValueError(
+            f"{len(names)} placeholders, {len(graph.inputs)} inputs and {len(graph.fake_inputs)} fake inputs"
+        )
     for node in graph.graph_module.graph.nodes:
         if node.op == "call_function" and "val" not in node.meta:
             raise ValueError(f"the node {node.name} ({operator_name(node)}) has no meta['val']")

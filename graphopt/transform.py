@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -158,7 +157,9 @@ class Setup:
             )
         axis = options.get("sample_axis", 0)
         if isinstance(axis, bool) or not isinstance(axis, int | Mapping | None):
-            raise OptionError(f"sample_axis is {axis!r}; it is an int, None, or a dict from argument name to int or None")
+            raise OptionError(
+                f"sample_axis is {axis!r}; it is an int, None, or a dict from argument name to int or None"
+            )
         return cls(tuple(resolved), compiler, axis, bool(options.get("fullgraph", False)), config)
 
     def rewrite(
@@ -242,7 +243,7 @@ def _entry(model: nn.Module, compiled: Callable[..., Any], setup: Setup) -> Call
     """The function that ``model(...)`` calls."""
     warned = False
 
-    @torch._dynamo.disable(recursive=False)  # type: ignore[misc]
+    @torch._dynamo.disable(recursive=False)  # type: ignore[untyped-decorator]
     def entry(*args: Any, **kwargs: Any) -> Any:
         nonlocal warned
         if setup.passes:
@@ -266,4 +267,4 @@ def _entry(model: nn.Module, compiled: Callable[..., Any], setup: Setup) -> Call
             )
         return outputs
 
-    return entry
+    return cast(Callable[..., Any], entry)

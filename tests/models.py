@@ -213,7 +213,12 @@ class MixedFrozen(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.first, self.norm, self.last = nn.Embedding(7, 3), nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)
+        self.table, self.first, self.norm, self.last = (
+            nn.Embedding(7, 3),
+            nn.Linear(3, 4),
+            nn.LayerNorm(4),
+            nn.Linear(4, 2),
+        )
         for frozen in (self.table.weight, self.first.bias, self.norm.weight, self.last.weight):
             frozen.requires_grad_(False)
 

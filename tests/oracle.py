@@ -159,7 +159,12 @@ def _embedding(
 
 
 def _layer_norm(
-    mode: _OwnCopies, input: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    mode: _OwnCopies,
+    input: Tensor,
+    shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Tensor:
     rows = input.shape[: input.ndim - len(shape)]
     output = F.layer_norm(input, shape, None, None, eps)

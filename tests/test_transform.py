@@ -308,7 +308,11 @@ MISTAKES = {
     "pass class": (([TrueGrad],), {}, r"passes holds <class .*TrueGrad'>, which is not a pass; write TrueGrad\(\)"),
     "pass twice": ((["truegrad", TrueGrad()],), {}, r"passes holds \['truegrad'\] more than once; each pass runs once"),
     "not a pass": (([3],), {}, r"passes holds 3, which is not a pass"),
-    "compiler": ((), {"compiler": "inductr"}, r"compiler='inductr' is unknown; it is one of \['inductor', 'aot_eager', 'eager'\]"),
+    "compiler": (
+        (),
+        {"compiler": "inductr"},
+        r"compiler='inductr' is unknown; it is one of \['inductor', 'aot_eager', 'eager'\]",
+    ),
     "option": ((), {"options": {"max_autotun": True}}, r"unknown options \['max_autotun'\].*'sample_axis'"),
     "disable": ((), {"options": {"disable": ["trugrad"]}}, r"there is no pass 'trugrad'"),
     "sample_axis": ((), {"options": {"sample_axis": "x"}}, r"sample_axis is 'x'; it is an int, None, or a dict"),
@@ -332,7 +336,9 @@ def test_a_mistake_leaves_a_transformed_model_transformed():
     assert not without_statistics(model)
 
 
-@pytest.mark.parametrize("thing", [lambda x: x, nn.Linear, None, torch.ones(1)], ids=["function", "class", "None", "tensor"])
+@pytest.mark.parametrize(
+    "thing", [lambda x: x, nn.Linear, None, torch.ones(1)], ids=["function", "class", "None", "tensor"]
+)
 def test_not_a_module(thing):
     with pytest.raises(OptionError, match=r"transform takes a torch\.nn\.Module and got "):
         graphopt.transform(thing)
@@ -388,7 +394,12 @@ class NoSamples(nn.Module):
 
 
 UNWRAPPED = {
-    "UnsupportedError": (Penalised, (torch.randn(4, 3),), UnsupportedError, r"weight: .* leaves the graph without having met samples"),
+    "UnsupportedError": (
+        Penalised,
+        (torch.randn(4, 3),),
+        UnsupportedError,
+        r"weight: .* leaves the graph without having met samples",
+    ),
     "SampleAxisError": (NoSamples, (), SampleAxisError, "the model was called without a tensor that holds samples"),
 }
 
@@ -413,7 +424,9 @@ def test_sample_axis_that_a_tensor_does_not_have():
 
 def test_sample_axis_of_an_argument_that_forward_does_not_take():
     model = graphopt.transform(mlp(), compiler="aot_eager", options={"sample_axis": {"images": 0}})
-    with pytest.raises(OptionError, match=r"sample_axis names \['images'\], which forward does not take; it takes \['x'\]"):
+    with pytest.raises(
+        OptionError, match=r"sample_axis names \['images'\], which forward does not take; it takes \['x'\]"
+    ):
         model(data())
 
 
@@ -429,9 +442,13 @@ def test_uncaptured_call_warns_once_and_readers_raise():
         torch.testing.assert_close(outputs, mlp()(x))
         loss(model, x).backward()  # filterwarnings=error: a second warning would raise
     assert without_statistics(model)
-    with pytest.raises(graphopt.errors.MissingAnnotation, match="3 of 3 parameters with a gradient have no sum_grad_squared"):
+    with pytest.raises(
+        graphopt.errors.MissingAnnotation, match="3 of 3 parameters with a gradient have no sum_grad_squared"
+    ):
         optimizer.step()
-    with pytest.raises(graphopt.errors.MissingAnnotation, match="no sum_grad_squared; it is provided by the pass TrueGrad"):
+    with pytest.raises(
+        graphopt.errors.MissingAnnotation, match="no sum_grad_squared; it is provided by the pass TrueGrad"
+    ):
         graphopt.annotations.get(model.first.weight, SUM_GRAD_SQUARED)
     model.zero_grad()
     loss(model, x).backward()

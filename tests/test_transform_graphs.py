@@ -122,7 +122,9 @@ def test_parameter_on_both_sides_of_a_break_is_reported():
     model = transformed(TiedAcrossBreak)
     loss(model, data(5, 3)).backward()
     for param in model.layer.parameters():
-        with pytest.raises(StaleAnnotation, match="used on both sides of a graph break.*leave the parameter out with TrueGrad"):
+        with pytest.raises(
+            StaleAnnotation, match="used on both sides of a graph break.*leave the parameter out with TrueGrad"
+        ):
             _ = param.sum_grad_squared
     assert model.other.weight.sum_grad_squared.all()
     with pytest.raises(StaleAnnotation, match="both sides of a graph break"):
@@ -411,7 +413,9 @@ def test_checkpoint_with_dropout_recomputes_the_same_mask():
     output = model(x)
     output.sum().backward()
     # The output is linear in the last weight, so a different mask in the recomputation would show here.
-    torch.testing.assert_close((model.second.weight.grad * model.second.weight).sum() + 6 * model.second.bias.sum(), output.sum())
+    torch.testing.assert_close(
+        (model.second.weight.grad * model.second.weight).sum() + 6 * model.second.bias.sum(), output.sum()
+    )
     assert hidden.shape == model.second.weight.shape
     assert model.first.weight.sum_grad_squared.any()
 
@@ -433,5 +437,10 @@ def test_huggingface_gradient_checkpointing(assert_exact):
 
     token_loss(model, ids).backward()
     assert_exact(model, token_loss, ids)
-    tags = {node.meta.get("ac_graph_id") for r in graphopt.records(model) for node in r.after.graph.nodes if "recompute" in node.meta}
+    tags = {
+        node.meta.get("ac_graph_id")
+        for r in graphopt.records(model)
+        for node in r.after.graph.nodes
+        if "recompute" in node.meta
+    }
     assert len(tags) == 2

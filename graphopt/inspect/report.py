@@ -71,7 +71,9 @@ class Report:
         return held + max((row.extra_bytes for row in self.coverage), default=0)
 
     def __repr__(self) -> str:
-        return f"Report({self.model}: {self.num_covered} of {len(self.coverage)} parameters, {len(self.records)} graphs)"
+        return (
+            f"Report({self.model}: {self.num_covered} of {len(self.coverage)} parameters, {len(self.records)} graphs)"
+        )
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -84,12 +86,17 @@ class Report:
         )
         for number, record in enumerate(self.records):
             for run in record.passes:
-                changes = ", ".join(f"{change:+d} {op.removesuffix('.default')}" for op, change in run.op_changes.items())
+                changes = ", ".join(
+                    f"{change:+d} {op.removesuffix('.default')}" for op, change in run.op_changes.items()
+                )
                 yield f"graph {number}, {run.name}: {run.result.num_changed} nodes rewritten in {run.seconds * 1e3:.0f} ms"
                 if changes:
                     yield f"    {changes}"
                 yield from (f"    note: {note}" for note in run.result.notes)
-        rows = [("parameter", "shape", "status", "by", "FLOP", "bytes"), *(_cells(*group) for group in _grouped(self.coverage))]
+        rows = [
+            ("parameter", "shape", "status", "by", "FLOP", "bytes"),
+            *(_cells(*group) for group in _grouped(self.coverage)),
+        ]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         for row in rows:
             yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

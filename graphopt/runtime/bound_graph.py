@@ -10,7 +10,8 @@ import sympy
 import torch
 from torch import Tensor
 
-from graphopt import _compat, annotations
+from graphopt import _compat
+from graphopt.annotations import expose
 from graphopt.capture import CapturedGraph, InputKind, set_sample_axis
 from graphopt.runtime.statistics import Statistic, enter_backward
 
@@ -22,13 +23,15 @@ class BoundGraph:
 
     def __init__(self, graph: CapturedGraph, compile_graph: Callable[[], Callable[..., Any]]) -> None:
         identity = _compat.CompileContext.current_compile_id()
-        self._frame = str(getattr(identity, "frame_id", identity))  # the same for recompilations, another behind a graph break
+        self._frame = str(
+            getattr(identity, "frame_id", identity)
+        )  # the same for recompilations, another behind a graph break
         companions = [described for described in graph.inputs if described.kind is InputKind.COMPANION]
         self._params = [described.companion_of for described in companions if described.companion_of is not None]
         self._counts = [_evaluator(described.num_samples, graph) for described in companions]
         self._output_axes = graph.output_sample_axes
         if companions:
-            annotations.expose()
+            expose()
         self._compiled = compile_graph()  # last: compilers rename the symbols that the counts are written in
 
     def __call__(self, *args: Any) -> Any:

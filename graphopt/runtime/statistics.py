@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from graphopt import _compat, annotations
+from graphopt import _compat
+from graphopt.annotations import clear, publish, reconcile
 
 _statistics: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _running: dict[int, list[Statistic]] = {}  # backward pass -> what it has touched so far
@@ -46,7 +47,7 @@ class Statistic:
         """Drop the statistic if ``p.grad`` is gone; called before a forward, so that the memory is free during it."""
         param = self._param()
         if self.companion.grad is not None and param is not None and param.grad is None:
-            annotations.clear([param])
+            clear([param])
             self._reset()
 
     def enter(self, task: int, num_samples: int, frame: str) -> None:
@@ -57,10 +58,10 @@ class Statistic:
         if task != self._task:
             self._task, self._entered, self._frames = task, 0, set()
             if param.grad is None:
-                annotations.clear([param])
+                clear([param])
                 self._reset()
             else:
-                annotations.reconcile([param])
+                reconcile([param])
             grad = self.companion.grad
             self._grad_before = (grad, grad._version if grad is not None else 0)
             _running.setdefault(task, []).append(self)
@@ -82,7 +83,7 @@ class Statistic:
                 "contributions were squared before they were added: the sum is not exact. Remove the break "
                 "(TORCH_LOGS=graph_breaks shows it) or leave the parameter out with TrueGrad(where=...)"
             )
-        annotations.publish(param, grad, self.num_samples, on_clear=self._reset, problem=self._problem)
+        publish(param, grad, self.num_samples, on_clear=self._reset, problem=self._problem)
 
     def _reset(self) -> None:
         self.companion.grad = None

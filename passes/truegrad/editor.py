@@ -56,7 +56,9 @@ class Editor:
         """Insert a call; arguments may be nodes or values."""
         node = self.graph.call_function(target, args, kwargs)
         if self._serving is not None:
-            node.meta = {k: v for k, v in self._serving.meta.items() if k not in ("val", "example_value", "tensor_meta")}
+            node.meta = {
+                k: v for k, v in self._serving.meta.items() if k not in ("val", "example_value", "tensor_meta")
+            }
         values, keywords = torch.fx.map_arg((args, kwargs), lambda argument: argument.meta["val"])
         with self.captured.fake_mode, torch.no_grad():
             node.meta["val"] = target(*values, **keywords)
@@ -140,7 +142,9 @@ class Editor:
         return result
 
     def _symbol(self, symbol: Size) -> Node | int:
-        for position, (node, fake) in enumerate(zip(self.captured.placeholders, self.captured.fake_inputs, strict=True)):
+        for position, (node, fake) in enumerate(
+            zip(self.captured.placeholders, self.captured.fake_inputs, strict=True)
+        ):
             if self.captured.inputs[position].kind is InputKind.COMPANION:
                 continue
             if isinstance(fake, torch.SymInt) and size_of(fake) == symbol:

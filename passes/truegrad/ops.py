@@ -14,8 +14,8 @@ sample ``(i // inner) % num``. With ``per_token`` every row counts by itself.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, Optional, cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,9 @@ def _register(
     op.register_autograd(backward, setup_context=setup)
 
 
-def _by_sample(rows: Tensor, axis: int, outer: int, num: int, inner: int, trailing: int) -> Tensor:
+def _by_sample(rows: Tensor, grouping: Sequence[int], trailing: int) -> Tensor:
     """(..., outer * N * inner, ..., *trailing) -> (N, S, *trailing); a view if the samples come first."""
+    axis, outer, num, inner = grouping
     tail = rows.shape[rows.dim() - trailing :]
     if axis != 0 or not (isinstance(outer, int) and outer == 1):
         rows = rows.unflatten(axis, (outer, num, inner)).movedim(axis + 1, 0)
@@ -63,7 +64,9 @@ def sums(grad: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
     total = torch.zeros(out_features, in_features, dtype=dtype, device=grad.device)
     squares = torch.zeros_like(total)
     size = out_features * in_features
-    chunk = max(1, min(num, _CHUNK_BYTES.get(grad.device.type, _CHUNK_BYTES["cuda"]) // max(1, size * grad.element_size())))
+    chunk = max(
+        1, min(num, _CHUNK_BYTES.get(grad.device.type, _CHUNK_BYTES["cuda"]) // max(1, size * grad.element_size()))
+    )
     with _compat.disable_autocast():
         products = torch.empty(chunk, out_features, in_features, dtype=grad.dtype, device=grad.device)
         for grad_CSO, input_CSI in zip(grad.split(chunk), input.split(chunk), strict=True):
@@ -89,15 +92,15 @@ def _(grad: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
 def linear(
     input: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor],
-    weight_sq: Optional[Tensor],
-    bias_sq: Optional[Tensor],
+    bias: Tensor | None,
+    weight_sq: Tensor | None,
+    bias_sq: Tensor | None,
     axis: int,
     outer: int,
     num: int,
     inner: int,
     per_token: bool,
-    square_dtype: Optional[torch.dtype],
+    square_dtype: torch.dtype | None,
 ) -> Tensor:
     """``aten.linear``; ``weight_sq`` (O, I) and ``bias_sq`` (O,) are companions, ``None`` where no statistic is wanted."""
     with _compat.disable_autocast():
@@ -131,14 +134,14 @@ def _linear_weight(ctx: Any, grad: Tensor, input: Tensor) -> tuple[Tensor, Tenso
         dtype = ctx.square_dtype or torch.promote_types(grad.dtype, torch.float32)
         squares = grad.square().to(dtype).t() @ input.square().to(dtype)
         return grad.t() @ input, squares.to(torch.promote_types(ctx.dtypes[0], torch.float32))
-    total, squares = torch.ops.graphopt.sums(_by_sample(grad, *ctx.rows, 1), _by_sample(input, *ctx.rows, 1))
+    total, squares = torch.ops.graphopt.sums(_by_sample(grad, ctx.rows, 1), _by_sample(input, ctx.rows, 1))
     return total.to(ctx.dtypes[0]), squares
 
 
 def _linear_bias(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
     if not ctx.square_bias:
         return grad.flatten(0, -2).sum(0), None
-    rows = grad.flatten(0, -2) if ctx.per_token else _by_sample(grad, *ctx.rows, 1).sum(1)
+    rows = grad.flatten(0, -2) if ctx.per_token else _by_sample(grad, ctx.rows, 1).sum(1)
     return rows.sum(0), _square_sum(rows)
 
 
@@ -155,7 +158,9 @@ _register(linear, _linear_fake, _linear_setup, _linear_backward)
 
 
 @torch.library.custom_op("graphopt::embedding_sums", mutates_args=())
-def embedding_sums(grad: Tensor, indices: Tensor, owed: Optional[Tensor], num_rows: int, padding_idx: int) -> tuple[Tensor, Tensor]:
+def embedding_sums(
+    grad: Tensor, indices: Tensor, owed: Tensor | None, num_rows: int, padding_idx: int
+) -> tuple[Tensor, Tensor]:
     """(N, S, D), (N, S) -> gradient of the table and sum over samples of the squared per-sample gradients, each (V, D).
 
     Positions of one sample that look up the same row are added before squaring: they are sorted into segments of (sample, row),
@@ -185,7 +190,7 @@ def embedding_sums(grad: Tensor, indices: Tensor, owed: Optional[Tensor], num_ro
 
 
 @embedding_sums.register_fake
-def _(grad: Tensor, indices: Tensor, owed: Optional[Tensor], num_rows: int, padding_idx: int) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, indices: Tensor, owed: Tensor | None, num_rows: int, padding_idx: int) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(grad.dtype, torch.float32)
     shape = (num_rows, grad.shape[2])
     return grad.new_empty(shape, dtype=dtype), grad.new_empty(shape, dtype=dtype)
@@ -204,7 +209,7 @@ def embedding(
     per_token: bool,
 ) -> Tensor:
     """``aten.embedding`` of a table (V, D); the rows are those of ``indices``."""
-    return torch.ops.aten.embedding.default(weight, indices, padding_idx)
+    return cast(Tensor, torch.ops.aten.embedding.default(weight, indices, padding_idx))
 
 
 def _embedding_fake(weight: Tensor, weight_sq: Tensor, indices: Tensor, *_: Any) -> Tensor:
@@ -222,7 +227,7 @@ def _embedding_backward(ctx: Any, grad: Tensor, owed: Tensor | None = None) -> t
     if ctx.per_token:  # each look-up is a sample of one position
         indices, grad = indices.reshape(-1, 1), grad.reshape(-1, 1, grad.shape[-1])
     else:
-        indices, grad = _by_sample(indices, *ctx.rows, 0), _by_sample(grad, *ctx.rows, 1)
+        indices, grad = _by_sample(indices, ctx.rows, 0), _by_sample(grad, ctx.rows, 1)
     if owed is not None:
         owed = owed.reshape(grad.shape)
     total, squares = torch.ops.graphopt.embedding_sums(grad, indices, owed, ctx.num_rows, ctx.padding_idx)
@@ -271,9 +276,9 @@ _register(tied_embedding, _tied_embedding_fake, _embedding_setup, _embedding_bac
 def tied_linear(
     input: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     weight_sq: Tensor,
-    bias_sq: Optional[Tensor],
+    bias_sq: Tensor | None,
     tie: Tensor,
     indices: Tensor,
     axis: int,
@@ -299,7 +304,7 @@ def _tied_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_input = grad @ weight if ctx.needs_input_grad[0] else None
     grad_weight, weight_sq = _linear_weight(ctx, grad, input)
     grad_bias, bias_sq = _linear_bias(ctx, grad) if ctx.needs_input_grad[2] else (None, None)
-    grad_NTV, input_NTI = _by_sample(grad, *ctx.rows, 1), _by_sample(input, *ctx.rows, 1)
+    grad_NTV, input_NTI = _by_sample(grad, ctx.rows, 1), _by_sample(input, ctx.rows, 1)
     columns = indices.unsqueeze(1).expand(-1, grad_NTV.shape[1], -1)
     owed = torch.bmm(grad_NTV.gather(2, columns).transpose(1, 2), input_NTI)
     return grad_input, grad_weight, grad_bias, weight_sq, bias_sq, owed, None, None, None, None, None
@@ -325,7 +330,10 @@ def _per_sample_fake(param: Tensor, param_sq: Tensor, num: int) -> Tensor:
 
 
 _register(
-    per_sample, _per_sample_fake, lambda ctx, inputs, output: None, lambda ctx, grad: (grad.sum(0), _square_sum(grad), None)
+    per_sample,
+    _per_sample_fake,
+    lambda ctx, inputs, output: None,
+    lambda ctx, grad: (grad.sum(0), _square_sum(grad), None),
 )
 
 

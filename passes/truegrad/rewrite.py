@@ -13,14 +13,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 from torch.func import jvp, vmap
+from torch.fx import Node
 
 from graphopt import _compat
 from graphopt.capture import CapturedGraph
 from graphopt.inspect.location import describe, operator_name
-from graphopt.passes.truegrad import ops  # noqa: F401  registers torch.ops.graphopt
-from graphopt.passes.truegrad import rules  # noqa: F401  registers the rules
+from graphopt.passes.truegrad import (
+    ops,  # noqa: F401  registers torch.ops.graphopt
+    rules,  # noqa: F401  registers the rules
+)
 from graphopt.passes.truegrad._registry import ClosedForm, Declined, batched_rules, closed_rules
 from graphopt.passes.truegrad.editor import Editor
 from graphopt.passes.truegrad.rules.embedding import check as check_embedding
@@ -33,13 +35,20 @@ aten = torch.ops.aten
 
 # Operators that accept an operand with a sample axis wherever they accept one that broadcasts over samples.
 _BROADCASTING = frozenset(
-    [aten.expand.default, aten.broadcast_to.default, aten.where.self, aten.scaled_dot_product_attention.default, aten.lerp.Tensor]
+    [
+        aten.expand.default,
+        aten.broadcast_to.default,
+        aten.where.self,
+        aten.scaled_dot_product_attention.default,
+        aten.lerp.Tensor,
+    ]
 )
 
 
 def _weight_norm(direction: Tensor, length: Tensor, dim: int = 0) -> Tensor:
     others = [axis for axis in range(direction.dim()) if axis != dim]
-    return direction * (length / torch.linalg.vector_norm(direction, dim=others, keepdim=True))
+    norm: Tensor = torch.linalg.vector_norm(direction, dim=others, keepdim=True)
+    return direction * (length / norm)
 
 
 # Operators without forward derivative, in terms of others that have one.
@@ -108,7 +117,9 @@ class Rewriter:
         tangent = editor.call(aten.reshape.default, tangent, [rows[1], *before, *behind])
         tangent = editor.call(aten.movedim.int, tangent, 0, layout.axis)
         if not layout.is_plain:
-            tangent = editor.call(aten.unsqueeze.default, editor.call(aten.unsqueeze.default, tangent, layout.axis), layout.axis + 2)
+            tangent = editor.call(
+                aten.unsqueeze.default, editor.call(aten.unsqueeze.default, tangent, layout.axis), layout.axis + 2
+            )
             tangent = editor.call(aten.expand.default, tangent, [*before, *rows, *behind])
             total = editor.size(layout.outer * layout.num * layout.inner)
             tangent = editor.call(aten.reshape.default, tangent, [*before, total, *behind])
@@ -147,7 +158,9 @@ class Rewriter:
                 self._closed[node] = form
         tied = [p for p in candidates if len(self.uses.of[p]) > 1 and is_tied_embedding(p, self.uses.of[p], self)]
         batched = {param for param in candidates if param not in tied and not self._is_closed(param)}
-        while spread := self._beside(batched, candidates):  # an operator is rewritten for all its parameters, or for none
+        while spread := self._beside(
+            batched, candidates
+        ):  # an operator is rewritten for all its parameters, or for none
             tied = [param for param in tied if param not in spread]
             batched |= spread
         for node in list(self._closed):
@@ -161,7 +174,10 @@ class Rewriter:
     def _is_closed(self, param: Node) -> bool:
         found = self.uses.of[param]
         chains = self.uses.selections if self.per_token else self.uses.views
-        if not all(use.value in chains and use.node in self._closed and use.value in self._closed[use.node].values for use in found):
+        if not all(
+            use.value in chains and use.node in self._closed and use.value in self._closed[use.node].values
+            for use in found
+        ):
             return False
         return self.per_token or not overlap([chains[use.value] for use in found])
 
@@ -170,7 +186,11 @@ class Rewriter:
         nodes = {use.node for param in batched for use in self.uses.of[param]}
         values = [value for value, params in self.uses.params.items() if params & batched]
         together = {p for value in values for p in self.uses.params[value]}
-        return {p for p in candidates if p not in batched and (p in together or any(u.node in nodes for u in self.uses.of[p]))}
+        return {
+            p
+            for p in candidates
+            if p not in batched and (p in together or any(u.node in nodes for u in self.uses.of[p]))
+        }
 
     def _batch(self, batched: set[Node]) -> int:
         """Rewrite the frontier of the batched parameters, one operator at a time."""
@@ -219,7 +239,8 @@ class Rewriter:
         if not layout.is_plain:
             return Declined("samples are interleaved with other rows")
         arguments = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor)]
-        dims, operands = [], []
+        dims: list[int | None] = []
+        operands: list[Node] = []
         for argument in arguments:
             own = self.layout(argument)
             if argument in self.uses.params:
@@ -252,7 +273,11 @@ class Rewriter:
         if value in self._nums:
             num = editor.size(self._nums[value])
             return editor.call(torch.ops.graphopt.per_sample.default, value, self.companion(value), num)
-        if value.target is aten.embedding.default and value.args[0] in self._nums and len(cast(Node, value.args[0]).users) == 1:
+        if (
+            value.target is aten.embedding.default
+            and value.args[0] in self._nums
+            and len(cast(Node, value.args[0]).users) == 1
+        ):
             return self._lookup_tangent(value)
         arguments = [a for a in value.all_input_nodes if isinstance(a.meta.get("val"), Tensor | list | tuple)]
         moving = [a for a in arguments if a in self.uses.params]
@@ -276,7 +301,8 @@ class Rewriter:
             return cast(Node, editor.inline(all_samples, *fixed, *tangents))
         except Exception as error:
             raise _Unserved(
-                f"{describe(value)} has no derivative that torch.func can batch ({type(error).__name__}: {str(error).splitlines()[0]})"
+                f"{describe(value)} has no derivative that torch.func can batch "
+                f"({type(error).__name__}: {str(error).splitlines()[0]})"
             ) from error
 
     def _lookup_tangent(self, value: Node) -> Node:
@@ -376,4 +402,3 @@ def _hint(size: Size, graph: CapturedGraph) -> int:
 
 def _short(node: Node) -> str:
     return operator_name(node).removeprefix("aten.").split(".")[0]
-

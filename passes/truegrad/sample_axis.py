@@ -14,6 +14,7 @@ A value is one of three kinds:
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
@@ -66,7 +67,7 @@ class SampleAxis:
     @property
     def is_plain(self) -> bool:
         """Whether the axis counts samples and nothing else."""
-        return self.outer == 1 and self.inner == 1
+        return bool(self.outer == 1 and self.inner == 1)
 
     def at(self, axis: int) -> SampleAxis:
         """The same grouping at another position."""
@@ -105,7 +106,8 @@ def shape_of(value: Any) -> list[Size]:
 _ROW_WISE: dict[str, int | None] = {
     "softmax": 1, "_softmax": 1, "log_softmax": 1, "_log_softmax": 1, "cumsum": 1, "cumprod": 1, "flip": 1, "sort": 1,
     "layer_norm": None, "native_layer_norm": None, "rms_norm": None, "_fused_rms_norm": None, "group_norm": None,
-    "batch_norm": None, "instance_norm": None, "dropout": None, "native_dropout": None, "feature_dropout": None, "alpha_dropout": None,
+    "batch_norm": None, "instance_norm": None, "dropout": None,
+    "native_dropout": None, "feature_dropout": None, "alpha_dropout": None,
     "to": None, "_to_copy": None, "clone": None, "contiguous": None, "detach": None, "alias": None, "lift_fresh_copy": None,
     "type_as": None, "zeros_like": None, "ones_like": None, "full_like": None, "empty_like": None, "rand_like": None,
     "randn_like": None, "tril": None, "triu": None, "constant_pad_nd": None, "pad": None, "glu": None, "normal_functional": None,
@@ -115,7 +117,9 @@ _REDUCTIONS = frozenset(
     "sum mean amax amin max min argmax argmin any all var std var_mean std_mean norm logsumexp prod linalg_vector_norm "
     "count_nonzero median".split()
 )
-_RESHAPES = frozenset("view reshape _unsafe_view flatten unflatten squeeze unsqueeze view_as reshape_as _reshape_alias".split())
+_RESHAPES = frozenset(
+    "view reshape _unsafe_view flatten unflatten squeeze unsqueeze view_as reshape_as _reshape_alias".split()
+)
 _PERMUTATIONS = frozenset("permute transpose t numpy_T movedim swapaxes swapdims mT adjoint moveaxis".split())
 _EXPANSIONS = frozenset("expand expand_as broadcast_to".split())
 _SPLITS = frozenset("split split_with_sizes chunk tensor_split unsafe_split unsafe_chunk".split())
@@ -172,7 +176,7 @@ class _Propagation:
 
     def _visit(self, node: Node) -> Layout | list[Layout]:
         if not isinstance(node.target, torch._ops.OpOverload):
-            if node.target.__name__ == "getitem":
+            if node.target is operator.getitem:
                 whole = self.layouts[cast(Node, node.args[0])]
                 return whole[cast(int, node.args[1])] if isinstance(whole, list) else whole
             return FREE  # sizes and grad mode
@@ -215,7 +219,9 @@ class _Propagation:
         first = node.args[0] if node.args else None
         layout = self.layout(first)
         if op in _RESHAPES and isinstance(layout, SampleAxis):
-            return _reshaped(layout, shape_of(_value(first)), shape_of(value)) or Lost(node, "a view cuts through samples")
+            return _reshaped(layout, shape_of(_value(first)), shape_of(value)) or Lost(
+                node, "a view cuts through samples"
+            )
         if op in _ROW_WISE and isinstance(layout, SampleAxis):
             axes = _axes(node, _ROW_WISE[op], value.ndim)
             if op == "sort" and axes is None:
@@ -235,7 +241,11 @@ class _Propagation:
             same = isinstance(layout, SampleAxis) and layout.axis == 0 and value.ndim == _value(first).ndim
             return layout if same else Lost(node, f"{op} with samples that are not on the first axis")
         if op in _LOSSES:
-            return layout if isinstance(layout, SampleAxis) and 0 < value.ndim > layout.axis else Lost(node, "a loss over all samples")
+            return (
+                layout
+                if isinstance(layout, SampleAxis) and 0 < value.ndim > layout.axis
+                else Lost(node, "a loss over all samples")
+            )
         if op in _SPLITS:
             return self._along(node, layout, _argument(node, 2, "dim", 0))
         handler = getattr(self, f"_op_{op}", None)
@@ -244,13 +254,17 @@ class _Propagation:
         if op in _SCATTERS:
             return self._along(node, layout, _argument(node, 1, "dim", 0))
         if op.startswith(("scaled_dot_product", "_scaled_dot_product")):
-            return layout if isinstance(layout, SampleAxis) and layout.axis < value.ndim - 2 else Lost(node, "attention across samples")
+            return (
+                layout
+                if isinstance(layout, SampleAxis) and layout.axis < value.ndim - 2
+                else Lost(node, "attention across samples")
+            )
         if is_pointwise(node.target) or op in _ROW_WISE:
             return self._pointwise(node, value)
         return Lost(node, f"{op} is not known to keep samples apart")
 
     def _fresh(self, node: Node, value: Tensor) -> Layout:
-        """A value that no sample enters may still have one row for each: ``x.new_zeros(batch)``, ``token.expand(batch, 1, d)``."""
+        """A value that no sample enters may still have rows for them: ``x.new_zeros(batch)``, ``token.expand(batch, 1, d)``."""
         symbols = {symbol for num in self.sources for symbol in num.free_symbols}
         sizes = shape_of(value)
         axes = [axis for axis, size in enumerate(sizes) if size.free_symbols & symbols]
@@ -467,7 +481,7 @@ def _is_view(node: Node) -> bool:
 
 def _counts_up(node: Node) -> bool:
     """Whether a node gives 0, 1, 2, ..."""
-    op, args = node.target, node.args
+    op, args = node.target, cast(Any, node.args)
     return op is torch.ops.aten.arange.default or (
         (op is torch.ops.aten.arange.start and args[0] == 0)
         or (op is torch.ops.aten.arange.start_step and args[0] == 0 and (len(args) < 3 or args[2] == 1))
@@ -524,7 +538,9 @@ def _moved(order: list[int], source: Any, destination: Any) -> list[int]:
 def _padded(node: Node, ndim: int) -> list[int]:
     """The axes that a padding changes."""
     amounts = cast(Sequence[Any], node.args[1])
-    return [ndim - 1 - pair for pair in range(len(amounts) // 2) if amounts[2 * pair] != 0 or amounts[2 * pair + 1] != 0]
+    return [
+        ndim - 1 - pair for pair in range(len(amounts) // 2) if amounts[2 * pair] != 0 or amounts[2 * pair + 1] != 0
+    ]
 
 
 def _axes(node: Node, position: int | None, ndim: int) -> list[int] | None:
@@ -550,4 +566,3 @@ def _value(node: Any) -> Tensor:
 def _is_tensor(node: Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) or isinstance(value, list | tuple)
-

@@ -27,9 +27,7 @@ def rewrite_single_sample(graph: CapturedGraph, tracked: list[Node]) -> tuple[in
         if not users:
             continue
         with editor.after(param):
-            tangent = editor.call(
-                torch.ops.graphopt.per_sample.default, param, editor.companion(param, sympy.S.One), 1
-            )
+            tangent = editor.call(torch.ops.graphopt.per_sample.default, param, editor.companion(param, sympy.S.One), 1)
             value = editor.call(
                 torch.ops.graphopt.with_tangent.default,
                 editor.call(aten.detach.default, param),

@@ -56,7 +56,10 @@ class TrueGrad(Pass):
     changes_numerics: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for option, value, allowed in (("per", self.per, ("sample", "token")), ("unsupported", self.unsupported, ("error", "skip"))):
+        for option, value, allowed in (
+            ("per", self.per, ("sample", "token")),
+            ("unsupported", self.unsupported, ("error", "skip")),
+        ):
             if value not in allowed:
                 raise OptionError(f"TrueGrad({option}={value!r}): it is one of {list(allowed)}")
         if self.square_dtype is not None and not self.square_dtype.is_floating_point:
@@ -120,7 +123,11 @@ class TrueGrad(Pass):
     def _tracked(self, graph: CapturedGraph) -> tuple[list[Node], list[Coverage]]:
         """Trainable parameters that were asked for, and rows for those that were not."""
         tracked, rows = [], []
-        for node, described, fake in zip(graph.placeholders, graph.inputs, graph.fake_inputs, strict=True):
+        served = {described.companion_of for described in graph.inputs}
+        entries = zip(graph.placeholders, graph.inputs, graph.fake_inputs, strict=True)
+        for position, (node, described, fake) in enumerate(entries):
+            if position in served:
+                continue
             if described.kind is not InputKind.PARAMETER or not described.requires_grad:
                 continue
             if self._selects(described.name, fake):
@@ -145,4 +152,3 @@ def _explain(problems: dict[str, str]) -> str:
         + "\n".join(lines)
         + "\nLeave them out with TrueGrad(where=...), or report and skip them with TrueGrad(unsupported='skip')"
     )
-

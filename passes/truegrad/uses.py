@@ -144,7 +144,9 @@ def _visit(uses: Uses, layouts: Layouts, node: Node, values: list[Node]) -> None
                 uses.of[param].append(Use(node, value))
     else:
         for param in params:
-            uses.problems.setdefault(param, f"it meets samples that no axis tells apart: {layout.why}, at {describe(layout.node)}")
+            uses.problems.setdefault(
+                param, f"it meets samples that no axis tells apart: {layout.why}, at {describe(layout.node)}"
+            )
 
 
 def _check_writes(uses: Uses, layouts: Layouts, node: Node, values: list[Node]) -> None:
@@ -155,7 +157,9 @@ def _check_writes(uses: Uses, layouts: Layouts, node: Node, values: list[Node]) 
     if target in values or not isinstance(layouts.get(cast(Node, target)), SampleAxis) or not is_pointwise(node.target):
         for value in values:
             for param in uses.params[value]:
-                uses.problems.setdefault(param, f"it is written in place, at {describe(node)}: write the sum or product as a new tensor")
+                uses.problems.setdefault(
+                    param, f"it is written in place, at {describe(node)}: write the sum or product as a new tensor"
+                )
 
 
 def _escape(uses: Uses, values: list[Node]) -> None:

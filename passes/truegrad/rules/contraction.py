@@ -32,7 +32,9 @@ class _Twice(nn.Module):
         self.layer = nn.Linear(3, 3)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self.layer(torch.tanh(self.layer(input)))
+        first: torch.Tensor = self.layer(input)
+        second: torch.Tensor = self.layer(torch.tanh(first))
+        return second
 
 
 class _Heads(nn.Module):
@@ -83,7 +85,9 @@ SAMPLES = (
 def contraction(node: Node, context: Context) -> Node | Declined:
     """Keep the product, and add its derivative in the direction of the parameter."""
     if context.per_token:
-        return Declined("per-token statistics of a parameter that is computed, tied or has a batch axis are not defined")
+        return Declined(
+            "per-token statistics of a parameter that is computed, tied or has a batch axis are not defined"
+        )
     parsed = _parse(node)
     if isinstance(parsed, Declined):
         return parsed

@@ -55,7 +55,9 @@ def convolution(node: Node, context: Context) -> ClosedForm | Declined:
     def emit() -> Node:
         editor = context.editor
         input = _arguments(node)[0]  # again: other rules may have replaced it
-        patches = _patches(context.editor, editor.detached(input), weight.meta["val"].shape[2:], stride, padding, dilation)
+        patches = _patches(
+            context.editor, editor.detached(input), weight.meta["val"].shape[2:], stride, padding, dilation
+        )
         weight_sq = context.companion(weight) if weight in values else None
         bias_sq = context.companion(bias) if bias in values else None
         matrices = [value and editor.call(aten.flatten.using_ints, value, 1) for value in (weight, weight_sq)]
@@ -72,7 +74,9 @@ def convolution(node: Node, context: Context) -> ClosedForm | Declined:
     return ClosedForm(tuple(values), emit, 3 * size, 12 * size)
 
 
-def _patches(editor: Editor, image: Node, kernel: Any, stride: list[int], padding: list[int], dilation: list[int]) -> Node:
+def _patches(
+    editor: Editor, image: Node, kernel: Any, stride: list[int], padding: list[int], dilation: list[int]
+) -> Node:
     """(N, C, *spatial) -> (N, L, C * kernel). ``im2col`` would do, but its shape function fixes the number of samples."""
     axes = len(kernel)
     if any(padding):
@@ -89,8 +93,11 @@ def _patches(editor: Editor, image: Node, kernel: Any, stride: list[int], paddin
 
 
 def _arguments(node: Node) -> tuple[Any, ...]:
-    defaults = (None, [1], [0], [1], 1)
-    input, weight, bias, stride, padding, dilation, groups = (*cast(Any, node.args), *defaults[len(node.args) - 2 :])
+    given: tuple[Any, ...] = node.args
+    defaults: tuple[Any, ...] = (None, [1], [0], [1], 1)
+    input, weight, bias, stride, padding, dilation, groups = (*given, *defaults[len(given) - 2 :])
     axes = node.meta["val"].ndim - 2
-    stride, padding, dilation = ([*value] * axes if len(value) == 1 else [*value] for value in (stride, padding, dilation))
+    stride, padding, dilation = (
+        [*value] * axes if len(value) == 1 else [*value] for value in (stride, padding, dilation)
+    )
     return input, weight, bias, stride, padding, dilation, groups

@@ -49,7 +49,7 @@ def embedding(node: Node, context: Context) -> ClosedForm | Declined:
         tail = (indices, padding_idx, layout.axis, *rows, context.per_token)
         return context.editor.call(torch.ops.graphopt.embedding.default, table, companion, *tail)
 
-    looked_up = cast(Any, node).meta["val"].numel()
+    looked_up = node.meta["val"].numel()
     count = int(looked_up.node.hint) if isinstance(looked_up, torch.SymInt) else int(looked_up)
     return ClosedForm((table,), emit, 3 * count, 12 * count)
 
@@ -68,7 +68,9 @@ def embedding_batched(node: Node, context: Context) -> Node | Declined:
     num, num_rows = editor.size(layout.num), table.meta["val"].shape[0]
     shape = [1] * indices.meta["val"].ndim
     shape[layout.axis] = -1
-    offset = editor.call(aten.mul.Tensor, editor.call(aten.arange.default, num, device=indices.meta["val"].device), num_rows)
+    offset = editor.call(
+        aten.mul.Tensor, editor.call(aten.arange.default, num, device=indices.meta["val"].device), num_rows
+    )
     own = editor.call(aten.add.Tensor, indices, editor.call(aten.view.default, offset, shape))
     found = editor.call(aten.embedding.default, editor.call(aten.flatten.using_ints, tangent, 0, 1), own)
     if padding_idx >= 0:
@@ -80,10 +82,13 @@ def embedding_batched(node: Node, context: Context) -> Node | Declined:
 
 def check(node: Node) -> tuple[Node, Node, int] | Declined:
     """Table, indices and padding row; sparse gradients, and gradients scaled by frequency, are declined."""
-    given = cast(Any, node.args)
-    table, indices, padding_idx, scale, sparse = [*given, *(-1, False, False)[len(given) - 2 :]]
+    given: tuple[Any, ...] = node.args
+    defaults: tuple[Any, ...] = (-1, False, False)
+    table, indices, padding_idx, scale, sparse = (*given, *defaults[len(given) - 2 :])
     if sparse:
         return Declined("its gradient is sparse, and the statistic is dense: build it with sparse=False")
     if scale:
-        return Declined("it scales gradients by how often a row occurs in the whole batch: build it with scale_grad_by_freq=False")
+        return Declined(
+            "it scales gradients by how often a row occurs in the whole batch: build it with scale_grad_by_freq=False"
+        )
     return table, indices, padding_idx

@@ -40,7 +40,7 @@ class _Addmm(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = torch.addmm(self.bias, input.flatten(0, -2), self.weight)
-        return rows.unflatten(0, input.shape[:-1])
+        return rows.reshape(*input.shape[:-1], -1)
 
 
 class _Matmul(nn.Module):
@@ -61,7 +61,9 @@ class _Fused(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         query, key, value = self.weight.chunk(3)
-        return nn.functional.linear(input, query) * nn.functional.linear(input, key) + nn.functional.linear(input, value)
+        return nn.functional.linear(input, query) * nn.functional.linear(input, key) + nn.functional.linear(
+            input, value
+        )
 
 
 SAMPLES = (

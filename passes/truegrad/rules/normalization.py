@@ -41,7 +41,7 @@ SAMPLES = (
 @batched_rule(aten.layer_norm.default)
 def layer_norm(node: Node, context: Context) -> Node | Declined:
     """Split into normalisation, product and sum."""
-    input, shape, weight, bias, *tail = (*cast(Any, node.args), *(None, None)[len(node.args) - 2 :])
+    input, shape, weight, bias, *tail = _padded(node.args, 4)
     normalised = context.editor.call(aten.layer_norm.default, input, shape, None, None, *tail[:1])
     return _affine(node, context, normalised, weight, bias)
 
@@ -49,7 +49,7 @@ def layer_norm(node: Node, context: Context) -> Node | Declined:
 @batched_rule(aten.rms_norm.default)
 def rms_norm(node: Node, context: Context) -> Node | Declined:
     """Split into normalisation and product."""
-    input, shape, weight, *tail = (*cast(Any, node.args), *(None,)[len(node.args) - 2 :])
+    input, shape, weight, *tail = _padded(node.args, 3)
     normalised = context.editor.call(aten.rms_norm.default, input, shape, None, *tail)
     return _affine(node, context, normalised, weight, None)
 
@@ -57,7 +57,7 @@ def rms_norm(node: Node, context: Context) -> Node | Declined:
 @batched_rule(aten.group_norm.default)
 def group_norm(node: Node, context: Context) -> Node | Declined:
     """Split into normalisation, product and sum over channels."""
-    input, groups, weight, bias, *tail = (*cast(Any, node.args), *(None, None)[max(0, len(node.args) - 2) :])
+    input, groups, weight, bias, *tail = _padded(node.args, 4)
     normalised = context.editor.call(aten.group_norm.default, input, groups, None, None, *tail[:1])
     return _affine(node, context, normalised, *(_over_channels(value, node, context) for value in (weight, bias)))
 
@@ -68,6 +68,11 @@ def batch_norm(node: Node, context: Context) -> Node | Declined:
     input, weight, bias, *tail = cast(Any, node.args)
     normalised = context.editor.call(cast(Any, node.target), input, None, None, *tail)
     return _affine(node, context, normalised, *(_over_channels(value, node, context) for value in (weight, bias)))
+
+
+def _padded(args: tuple[Any, ...], length: int) -> tuple[Any, ...]:
+    """Arguments with ``None`` for optional ones that are not given."""
+    return (*args, *[None] * (length - len(args)))
 
 
 def _over_channels(value: Node | None, node: Node, context: Context) -> Node | None:

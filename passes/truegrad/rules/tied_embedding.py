@@ -74,11 +74,17 @@ def is_tied_embedding(param: Node, uses: list[Use], context: Context) -> bool:
     operands = find_operands(projection.node)
     if isinstance(operands, Declined) or operands.weight is not projection.value:
         return False
-    if _reached(projection.value, operands.transposed) is not param or any(_reached(use.value, False) is not param for use in lookups):
+    if _reached(projection.value, operands.transposed) is not param or any(
+        _reached(use.value, False) is not param for use in lookups
+    ):
         return False
-    bias_is_plain = operands.bias is None or operands.bias in context.uses.views or operands.bias not in context.uses.params
+    bias_is_plain = (
+        operands.bias is None or operands.bias in context.uses.views or operands.bias not in context.uses.params
+    )
     checked = [check(use.node) for use in lookups]
-    if any(isinstance(item, Declined) for item in checked) or not isinstance(context.layout(operands.input), SampleAxis):
+    if any(isinstance(item, Declined) for item in checked) or not isinstance(
+        context.layout(operands.input), SampleAxis
+    ):
         return False
     layouts = [context.layout(_indices(use)) for use in lookups]
     if not all(isinstance(layout, SampleAxis) and (layout.is_plain or len(lookups) == 1) for layout in layouts):
@@ -104,7 +110,9 @@ def rewrite_tied_embedding(param: Node, uses: list[Use], context: Context) -> li
             parts = [_by_sample(context, indices) for indices in all_indices]
             indices = editor.call(aten.cat.default, parts, 1)
             rows = (0, 1, editor.size(layout.num), 1)
-        pair = editor.call(torch.ops.graphopt.tied_embedding.default, param, companion, indices, padding_idx, *rows, False)
+        pair = editor.call(
+            torch.ops.graphopt.tied_embedding.default, param, companion, indices, padding_idx, *rows, False
+        )
         found, tie = editor.call(operator.getitem, pair, 0), editor.call(operator.getitem, pair, 1)
         ids_NS = _by_sample(context, all_indices[0]) if len(lookups) == 1 else indices
         results = [found] if len(lookups) == 1 else _parts(context, found, parts, all_indices)
@@ -119,7 +127,11 @@ def _project(node: Node, param: Node, companion: Node, tie: Node, ids_NS: Node, 
     assert not isinstance(operands, Declined)
     editor, layout = context.editor, context.sample_axis(operands.input)
     with editor.before(node):
-        bias_sq = context.companion(operands.bias) if operands.bias is not None and operands.bias in context.uses.views else None
+        bias_sq = (
+            context.companion(operands.bias)
+            if operands.bias is not None and operands.bias in context.uses.views
+            else None
+        )
         tail = (tie, ids_NS, layout.axis, *editor.rows(layout))
         new = editor.call(
             torch.ops.graphopt.tied_linear.default, operands.input, param, operands.bias, companion, bias_sq, *tail

@@ -25,7 +25,9 @@ def capture(model: nn.Module, *inputs: Any, sample_axis: Any = 0) -> CapturedGra
     found = []
 
     def backend(graph_module: Any, example_inputs: Any) -> Any:
-        found.append(lower(graph_module, describe_inputs(graph_module, example_inputs, NamedTensors.of(model), sample_axis)))
+        found.append(
+            lower(graph_module, describe_inputs(graph_module, example_inputs, NamedTensors.of(model), sample_axis))
+        )
         return graph_module.forward
 
     mark_samples(model.forward, inputs, {}, sample_axis)
@@ -52,7 +54,9 @@ def trace(function: Callable[..., Any], *tensors: Tensor, axes: tuple[int | None
     return CapturedGraph(graph_module, inputs, fakes, fake_mode)
 
 
-def train_step(model: nn.Module, inputs: tuple[Any, ...], loss: Any = smooth, reduction: str = "sum", axis: int = 0) -> Tensor:
+def train_step(
+    model: nn.Module, inputs: tuple[Any, ...], loss: Any = smooth, reduction: str = "sum", axis: int = 0
+) -> Tensor:
     """Forward and backward from cleared gradients; returns the model's output."""
     model.zero_grad()
     output = model(*inputs)
@@ -61,7 +65,9 @@ def train_step(model: nn.Module, inputs: tuple[Any, ...], loss: Any = smooth, re
     return output.detach()
 
 
-def assert_statistics(model: nn.Module, expected: dict[str, Statistic], num_samples: int, what: str = "", **tolerance: Any) -> None:
+def assert_statistics(
+    model: nn.Module, expected: dict[str, Statistic], num_samples: int, what: str = "", **tolerance: Any
+) -> None:
     """Gradient, statistic and count of every trainable parameter."""
     tolerance = tolerance or {"rtol": 1e-9, "atol": 1e-12}
     for name, param in model.named_parameters():

@@ -48,12 +48,18 @@ SAMPLE_INPUTS = {
     "per_position": [(leaf(3), companion(3), [4, 2, 3]), (leaf(2, 1), companion(2, 1), [4, 2, 3])],
     "with_tangent": [(leaf(3, 2), leaf(3, 2))],
 }
-CASES = [pytest.param(name, args, id=f"{name}-{i}") for name, cases in SAMPLE_INPUTS.items() for i, args in enumerate(cases)]
+CASES = [
+    pytest.param(name, args, id=f"{name}-{i}") for name, cases in SAMPLE_INPUTS.items() for i, args in enumerate(cases)
+]
 NOT_DIFFERENTIABLE = ("sums", "embedding_sums")  # they run inside backward
 
 
 def test_every_registered_operator_is_tested():
-    registered = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("graphopt::")}
+    registered = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("graphopt::")
+    }
     assert set(SAMPLE_INPUTS) == registered
 
 
@@ -90,7 +96,9 @@ def test_sums(num, positions, outputs, inputs, budget, dtype):
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype]
     largest = each.abs().max().item() + 1e-6
     torch.testing.assert_close(total.double(), each.sum(0), rtol=tolerance, atol=num * tolerance * largest)
-    torch.testing.assert_close(squares.double(), each.square().sum(0), rtol=tolerance, atol=num * tolerance * largest**2)
+    torch.testing.assert_close(
+        squares.double(), each.square().sum(0), rtol=tolerance, atol=num * tolerance * largest**2
+    )
 
 
 @FEW
@@ -132,7 +140,9 @@ def test_tied_pair_squares_the_sum(padding_idx):
 
     def run(weight, square, ids, num):
         found, tie = torch.ops.graphopt.tied_embedding(weight, square, ids, padding_idx, 0, 1, num, 1, False)
-        return torch.ops.graphopt.tied_linear(found.tanh(), weight, None, square, None, tie, ids, 0, 1, num, 1).sin().sum()
+        return (
+            torch.ops.graphopt.tied_linear(found.tanh(), weight, None, square, None, tie, ids, 0, 1, num, 1).sin().sum()
+        )
 
     square = torch.zeros_like(table).requires_grad_()
     weight = table.clone().requires_grad_()

@@ -15,9 +15,13 @@ from tests.models import double, smooth
 from tests.oracle import loop_over_samples
 from tests.passes.truegrad.checks import assert_statistics, capture, train_step
 
-MODULES = {info.name: importlib.import_module(f"{rules.__name__}.{info.name}") for info in pkgutil.iter_modules(rules.__path__)}
+MODULES = {
+    info.name: importlib.import_module(f"{rules.__name__}.{info.name}") for info in pkgutil.iter_modules(rules.__path__)
+}
 SAMPLES = [
-    pytest.param(sample, id=f"{name}-{index}") for name, module in MODULES.items() for index, sample in enumerate(module.SAMPLES)
+    pytest.param(sample, id=f"{name}-{index}")
+    for name, module in MODULES.items()
+    for index, sample in enumerate(module.SAMPLES)
 ]
 
 
@@ -41,7 +45,9 @@ def test_every_rule_file_is_tested():
 
 
 def test_every_registered_rule_lives_in_a_rule_file():
-    owners = {rule.__module__ for registry in (_registry.closed_rules, _registry.batched_rules) for rule in registry.values()}
+    owners = {
+        rule.__module__ for registry in (_registry.closed_rules, _registry.batched_rules) for rule in registry.values()
+    }
     assert owners <= {module.__name__ for module in MODULES.values()}
 
 
@@ -58,7 +64,9 @@ def test_against_the_loop(sample):
             output = train_step(model, batch, reduction=reduction)
             torch.testing.assert_close(output, train_step(plain, batch, reduction=reduction), rtol=1e-12, atol=1e-12)
             for (name, param), other in zip(model.named_parameters(), plain.parameters(), strict=True):
-                torch.testing.assert_close(param.grad, other.grad, rtol=1e-10, atol=1e-12, msg=lambda t, n=name: f"{what} {n}: {t}")
+                torch.testing.assert_close(
+                    param.grad, other.grad, rtol=1e-10, atol=1e-12, msg=lambda t, n=name: f"{what} {n}: {t}"
+                )
             assert_statistics(model, expected, num, what)
 
 
