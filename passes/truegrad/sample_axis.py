@@ -104,6 +104,7 @@ def shape_of(value: Any) -> list[Size]:
 # Operators that treat every row alike and keep the shape of their first argument, with the position of the argument that names
 # the axes they work along (None: not the leading axes).
 _ROW_WISE: dict[str, int | None] = {
+    "prelu": None, "one_hot": None, "topk": 2, "argsort": 1,
     "softmax": 1, "_softmax": 1, "log_softmax": 1, "_log_softmax": 1, "cumsum": 1, "cumprod": 1, "flip": 1, "sort": 1,
     "layer_norm": None, "native_layer_norm": None, "rms_norm": None, "_fused_rms_norm": None, "group_norm": None,
     "batch_norm": None, "instance_norm": None, "dropout": None,
@@ -224,7 +225,7 @@ class _Propagation:
             )
         if op in _ROW_WISE and isinstance(layout, SampleAxis):
             axes = _axes(node, _ROW_WISE[op], value.ndim)
-            if op == "sort" and axes is None:
+            if op in ("sort", "argsort", "topk") and axes is None:
                 axes = [value.ndim - 1]
             if op in ("pad", "constant_pad_nd"):
                 axes = _padded(node, value.ndim)
