@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._compile import _disable_dynamo
 
 _OLDEST, _NEWEST = (2, 11), (2, 15)
 _found = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
@@ -22,6 +23,7 @@ if not _OLDEST <= _found <= _NEWEST:
 
 enter_autocast = torch.amp.autocast_mode._enter_autocast
 exit_autocast = torch.amp.autocast_mode._exit_autocast
+disable_dynamo = _disable_dynamo  # torch.compiler.disable would import Dynamo at once
 disable_autocast = torch._C._DisableAutocast
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 set_grad_enabled_op = torch._C._set_grad_enabled  # the node that a torch.no_grad() region leaves in a lowered graph

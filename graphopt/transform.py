@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import time
 import types
@@ -151,8 +152,9 @@ class Setup:
         config = {key.replace("-", "_"): value for key, value in options.items() if key not in _OWN_OPTIONS}
         known = torch._inductor.list_options()
         if unknown := sorted(set(config) - set(known)):
+            near = difflib.get_close_matches(unknown[0], [*_OWN_OPTIONS, *known])
             raise OptionError(
-                f"unknown options {unknown}; graphopt's are {sorted(_OWN_OPTIONS)}, all others must be settings of "
+                f"unknown options {unknown}{f', did you mean {near}?' if near else ''}; graphopt's are {sorted(_OWN_OPTIONS)}, all others must be settings of "
                 "torch._inductor.config (torch._inductor.list_options() names them)"
             )
         axis = options.get("sample_axis", 0)
@@ -250,7 +252,9 @@ def _entry(model: nn.Module, compiled: Callable[..., Any], setup: Setup) -> Call
             mark_samples(model.forward, args, kwargs, setup.sample_axis)
         before = BoundGraph.num_calls
         try:
-            outputs = compiled(*args, **kwargs)
+            # Hooks that are registered later must be seen: by default Dynamo does not guard on them.
+            with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+                outputs = compiled(*args, **kwargs)
         except _compat.BackendCompilerFailed as error:
             inner = error.inner_exception
             if isinstance(inner, GraphoptError):

@@ -43,9 +43,6 @@ class Rename(Pass):
             graph.graph_module.graph.erase_node(node)
         if self.how == "input":
             graph.inputs.pop()
-        if self.how == "unsorted":
-            nodes = graph.graph_module.graph.find_nodes(op="call_function")
-            nodes[-1].append(nodes[0])
         return PassResult(graph, len(nodes), notes=("renamed",))
 
 
@@ -236,7 +233,6 @@ FAILURES = {
     "raise": r"the pass 'test_rename' failed with ZeroDivisionError: on purpose\. The model is unchanged\. Leave the pass out",
     "no value": r"the pass 'test_rename' failed with ValueError: the node sigmoid\S* \(aten\.sigmoid\.default\) has no meta\['val'\]",
     "input": r"the pass 'test_rename' failed with ValueError: 6 placeholders, 5 inputs and 6 fake inputs",
-    "unsorted": r"the pass 'test_rename' failed with RuntimeError: Argument .* was used before it has been defined",
 }
 
 

@@ -93,7 +93,7 @@ def test_full_backward_hook(when, where, assert_exact):
         seen.append(grad_output[0].detach().clone())
 
     model, handle = with_hooks(when, lambda model: model.get_submodule(where).register_full_backward_hook(hook))
-    x = data()
+    x = data().requires_grad_()
     seen.clear()
     loss(model, x).backward()
     assert len(seen) == 1
@@ -249,15 +249,6 @@ MODELS = {
 @pytest.mark.parametrize(("build", "shape"), MODELS.values(), ids=MODELS)
 def test_models_of_torch(build, shape, assert_exact):
     model, x = transformed(build()), data(*shape)
-    loss(model, x).backward()
-    assert_exact(model, loss, x)
-
-
-def test_transformer_encoder_with_inductor(assert_exact):
-    model, x = (
-        transformed(nn.TransformerEncoder(encoder_layer(True), 1, enable_nested_tensor=False), compiler="inductor"),
-        data(3, 5, 8),
-    )
     loss(model, x).backward()
     assert_exact(model, loss, x)
 

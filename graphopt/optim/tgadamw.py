@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from graphopt import _compat
 from graphopt.errors import OptionError
 from graphopt.optim.tgadamw_update import Tensors, Update, make_coefficients, plan
 from graphopt.optim.truegrad_optimizer import Gradient, TrueGradOptimizer, new_count, state_dtype
@@ -148,7 +149,7 @@ class TGAdamW(TrueGradOptimizer):
         self._update_all()
         return loss
 
-    @torch.compiler.disable(reason="annotations are read in Python, and the kernels are compiled here")  # type: ignore[untyped-decorator]
+    @_compat.disable_dynamo  # annotations are read in Python, and the kernels are compiled here
     def _update_all(self) -> None:
         gradients = self._gradients()
         numbers = {id(group): _numbers(group) for group in self.param_groups}
