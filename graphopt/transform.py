@@ -153,8 +153,9 @@ class Setup:
         known = torch._inductor.list_options()
         if unknown := sorted(set(config) - set(known)):
             near = difflib.get_close_matches(unknown[0], [*_OWN_OPTIONS, *known])
+            hint = f" (did you mean {' or '.join(near)}?)" if near else ""
             raise OptionError(
-                f"unknown options {unknown}{f', did you mean {near}?' if near else ''}; graphopt's are {sorted(_OWN_OPTIONS)}, all others must be settings of "
+                f"unknown options {unknown}{hint}; graphopt's are {sorted(_OWN_OPTIONS)}, all others must be settings of "
                 "torch._inductor.config (torch._inductor.list_options() names them)"
             )
         axis = options.get("sample_axis", 0)

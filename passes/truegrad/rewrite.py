@@ -154,7 +154,9 @@ class Rewriter:
         frontier = {use.node for param in candidates for use in self.uses.of[param]}
         for node in [node for node in self.editor.graph.nodes if node in frontier]:
             form = closed_rules[node.target](node, self) if node.target in closed_rules else Declined("no closed form")
-            if isinstance(form, ClosedForm) and not any(self.uses.params[v] & self.uses.problems.keys() for v in form.values):
+            if isinstance(form, ClosedForm) and not any(
+                self.uses.params[v] & self.uses.problems.keys() for v in form.values
+            ):
                 self._closed[node] = form
         tied = [p for p in candidates if len(self.uses.of[p]) > 1 and is_tied_embedding(p, self.uses.of[p], self)]
         batched = {param for param in candidates if param not in tied and not self._is_closed(param)}

@@ -79,10 +79,7 @@ class TrueGrad(Pass):
             if described.kind is InputKind.SAMPLES and described.sample_axis is not None
         ]
         if not samples:
-            raise SampleAxisError(
-                "the model was called without a tensor that holds samples, so there is nothing to sum squares over. Pass the "
-                "batch as a tensor argument, or train it without this pass: graphopt.transform(model, passes=[])"
-            )
+            return self._without_samples(graph, tracked, rows)
         if self.per == "sample" and all(isinstance(size, int) and size == 1 for size in samples):
             changed, found = rewrite_single_sample(graph, tracked)
             return PassResult(graph, changed, ("one sample: its squared gradient is the statistic",), (*found, *rows))
@@ -119,6 +116,26 @@ class TrueGrad(Pass):
             return PassResult(again.graph, again.num_changed, again.notes, (*again.coverage, *skipped, *rows))
         graph.output_sample_axes = axes
         return PassResult(graph, changed, coverage=(*rewriter.coverage.values(), *rows))
+
+    def _without_samples(self, graph: CapturedGraph, tracked: list[Node], rows: list[Coverage]) -> PassResult:
+        """A graph that no tensor with samples enters: fine as long as it differentiates nothing, as a part of a model may be."""
+        problems = find_uses(graph, find_sample_axes(graph), tracked).problems
+        if problems and self.unsupported == "error":
+            raise SampleAxisError(
+                "the model was called without a tensor that holds samples, so there is nothing to sum squares over. Pass the "
+                "batch as a tensor argument, or train it without this pass: graphopt.transform(model, passes=[])"
+            )
+        names = {node: described.name for node, described in zip(graph.placeholders, graph.inputs, strict=True)}
+        skipped = [
+            Coverage(
+                names[param],
+                tuple(int(s) for s in param.meta["val"].shape),
+                Status.SKIPPED,
+                "no samples enter its graph",
+            )
+            for param in problems
+        ]
+        return PassResult(graph, 0, coverage=(*skipped, *rows))
 
     def _tracked(self, graph: CapturedGraph) -> tuple[list[Node], list[Coverage]]:
         """Trainable parameters that were asked for, and rows for those that were not."""
