@@ -63,6 +63,9 @@ class Context(Protocol):
     def tangent(self, value: Node) -> Node:
         """(N, *value.shape): where the per-sample gradients of ``value`` arrive."""
 
+    def replace(self, old: Node, new: Node) -> None:
+        """Let ``new`` take the place of ``old``."""
+
     def sample_axis(self, node: Node) -> SampleAxis:
         """The layout of a value that has samples."""
 

@@ -128,6 +128,12 @@ class Rewriter:
             own = editor.call(aten.expand.default, own, [*before, rows[1], *behind])
         return editor.call(torch.ops.graphopt.with_tangent.default, own, tangent)
 
+    def replace(self, old: Node, new: Node) -> None:
+        """Let ``new`` take the place of ``old``; its samples lie where those of ``old`` did."""
+        old.replace_all_uses_with(new)
+        if old in self.layouts:
+            self.layouts[new] = self.layouts[old]
+
     # The rewrite -------------------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
@@ -137,13 +143,13 @@ class Rewriter:
         for param in tied:
             for node in rewrite_tied_embedding(param, self.uses.of[param], self):
                 self._closed.pop(node, None)
-                self._erase(node)
+                self.editor.graph.erase_node(node)
                 changed += 1
         for node, form in self._closed.items():
             if any(value in self._closed_values for value in form.values):
                 with self.editor.before(node):
-                    node.replace_all_uses_with(form.emit())
-                self._erase(node)
+                    self.replace(node, form.emit())
+                self.editor.graph.erase_node(node)
                 changed += 1
         changed += self._batch(batched)
         del closed
@@ -213,8 +219,8 @@ class Rewriter:
                 for param in frontier[node]:
                     failed.setdefault(param, f"{describe(node)}: {new.reason}")
                 continue
-            node.replace_all_uses_with(new)
-            self._erase(node)
+            self.replace(node, new)
+            self.editor.graph.erase_node(node)
         self.uses.problems.update(failed)
         return len(frontier)
 
@@ -368,10 +374,6 @@ class Rewriter:
     def _bytes(self, param: Node) -> int:
         value = cast(Tensor, param.meta["val"])
         return int(value.numel()) * 4
-
-    def _erase(self, node: Node) -> None:
-        self.layouts.pop(node, None)
-        self.editor.graph.erase_node(node)
 
 
 class _Unserved(Exception):

@@ -117,7 +117,7 @@ def rewrite_tied_embedding(param: Node, uses: list[Use], context: Context) -> li
         ids_NS = _by_sample(context, all_indices[0]) if len(lookups) == 1 else indices
         results = [found] if len(lookups) == 1 else _parts(context, found, parts, all_indices)
     for use, result in zip(lookups, results, strict=True):
-        use.node.replace_all_uses_with(result)
+        context.replace(use.node, result)
     _project(projection.node, param, companion, tie, ids_NS, context)
     return [projection.node, *(use.node for use in lookups)]
 
@@ -136,7 +136,7 @@ def _project(node: Node, param: Node, companion: Node, tie: Node, ids_NS: Node, 
         new = editor.call(
             torch.ops.graphopt.tied_linear.default, operands.input, param, operands.bias, companion, bias_sq, *tail
         )
-    node.replace_all_uses_with(new)
+    context.replace(node, new)
 
 
 def _by_sample(context: Context, indices: Node) -> Node:
