@@ -28,7 +28,9 @@ def loss(model, x):
 
 
 def compiled(model, dynamic=None, fullgraph=False, **options):
-    return torch.compile(model, backend="graphopt", dynamic=dynamic, fullgraph=fullgraph, options={"compiler": "aot_eager", **options})
+    return torch.compile(
+        model, backend="graphopt", dynamic=dynamic, fullgraph=fullgraph, options={"compiler": "aot_eager", **options}
+    )
 
 
 def test_entry_point_needs_no_import():
@@ -99,7 +101,9 @@ def test_errors_name_the_parameter():
         def forward(self, x):
             return super().forward(x), self.weight.square().sum()
 
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="leaves the graph without having met samples") as caught:
+    with pytest.raises(
+        torch._dynamo.exc.BackendCompilerFailed, match="leaves the graph without having met samples"
+    ) as caught:
         compiled(Penalised(3, 2))(torch.randn(4, 3))
     assert isinstance(caught.value.inner_exception, UnsupportedError)
 

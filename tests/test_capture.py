@@ -94,7 +94,11 @@ def test_the_batch_is_symbolic():
     (norm,) = graph.graph_module.graph.find_nodes(op="call_function", target=aten.layer_norm.default)
     size = norm.meta["val"].shape[0]
     assert isinstance(size, torch.SymInt)
-    assert all(str(fake.shape[0]) == str(size) for fake, d in zip(graph.fake_inputs, graph.inputs, strict=True) if d.kind is InputKind.SAMPLES)
+    assert all(
+        str(fake.shape[0]) == str(size)
+        for fake, d in zip(graph.fake_inputs, graph.inputs, strict=True)
+        if d.kind is InputKind.SAMPLES
+    )
 
 
 def test_argument_without_samples_is_a_constant():

@@ -29,7 +29,11 @@ print(json.dumps([found, model[0].weight.sum_grad_squared.tolist()]))
 def run(folder, **options):
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder)}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(options)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", SCRIPT, json.dumps(options)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

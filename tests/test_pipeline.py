@@ -106,7 +106,7 @@ def test_missing_attribute(missing):
 
 
 def test_duplicate_name():
-    with pytest.raises(TypeError, match="two passes are called 'truegrad': TrueGrad and .*Other"):
+    with pytest.raises(TypeError, match=r"two passes are called 'truegrad': TrueGrad and .*Other"):
 
         class Other(Pass):
             name = "truegrad"

@@ -123,7 +123,7 @@ def test_parameter_on_both_sides_of_a_break_is_reported():
     loss(model, data(5, 3)).backward()
     for param in model.layer.parameters():
         with pytest.raises(
-            StaleAnnotation, match="used on both sides of a graph break.*leave the parameter out with TrueGrad"
+            StaleAnnotation, match=r"used on both sides of a graph break.*leave the parameter out with TrueGrad"
         ):
             _ = param.sum_grad_squared
     assert model.other.weight.sum_grad_squared.all()

@@ -464,7 +464,9 @@ def is_pointwise(target: Any) -> bool:
     """Whether an operator works element by element, with broadcasting; in-place forms included."""
     if not isinstance(target, torch._ops.OpOverload):
         return False
-    if torch.Tag.pointwise in target.tags:
+    if (
+        torch.Tag.pointwise in target.tags or target.overloadpacket is torch.ops.aten.where
+    ):  # not all of its forms are tagged
         return True
     name = target.overloadpacket.__name__
     if name.startswith("__"):  # what ``a & b`` becomes

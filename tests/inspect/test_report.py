@@ -102,5 +102,7 @@ def test_a_model_that_needs_values_says_what_to_do():
                 raise RuntimeError("not a number")
             raise RuntimeError("the zeros of explain end here")
 
-    with pytest.raises(graphopt.errors.UnsupportedError, match=r"cannot be explained without running it .*Report\.of\(model\)"):
+    with pytest.raises(
+        graphopt.errors.UnsupportedError, match=r"cannot be explained without running it .*Report\.of\(model\)"
+    ):
         graphopt.explain(Branches(3, 2), torch.randn(4, 3))

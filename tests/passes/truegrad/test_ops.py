@@ -63,7 +63,7 @@ def test_every_registered_operator_is_tested():
     assert set(SAMPLE_INPUTS) == registered
 
 
-@pytest.mark.parametrize("name, args", CASES)
+@pytest.mark.parametrize(("name", "args"), CASES)
 def test_opcheck(name, args):
     # test_aot_dispatch_dynamic compares gradients of operators with those of their decompositions: only where there are some.
     utils = ["test_schema", "test_faketensor"]
@@ -72,7 +72,7 @@ def test_opcheck(name, args):
     opcheck(getattr(torch.ops.graphopt, name).default, args, test_utils=utils)
 
 
-@pytest.mark.parametrize("name, args", [case for case in CASES if case.values[0] not in NOT_DIFFERENTIABLE])
+@pytest.mark.parametrize(("name", "args"), [case for case in CASES if case.values[0] not in NOT_DIFFERENTIABLE])
 def test_opcheck_compiled(name, args):
     opcheck(getattr(torch.ops.graphopt, name).default, args, test_utils=["test_aot_dispatch_dynamic"])
 

@@ -65,7 +65,7 @@ def test_against_the_loop(sample):
             torch.testing.assert_close(output, train_step(plain, batch, reduction=reduction), rtol=1e-12, atol=1e-12)
             for (name, param), other in zip(model.named_parameters(), plain.parameters(), strict=True):
                 torch.testing.assert_close(
-                    param.grad, other.grad, rtol=1e-10, atol=1e-12, msg=lambda t, n=name: f"{what} {n}: {t}"
+                    param.grad, other.grad, rtol=1e-10, atol=1e-12, msg=lambda t, n=name, what=what: f"{what} {n}: {t}"
                 )
             assert_statistics(model, expected, num, what)
 

@@ -27,7 +27,7 @@ def layout_of(function, *shape, axis=0, others=(), axes=None):
 
 
 @pytest.mark.parametrize(
-    "function, expected",
+    ("function", "expected"),
     {
         "identity": (lambda x: x.sin(), (0, 1, NUM, 1)),
         "transposed": (lambda x: x.transpose(0, 1), (1, 1, NUM, 1)),
@@ -68,7 +68,7 @@ def test_layouts(function, expected):
 
 
 @pytest.mark.parametrize(
-    "function, why",
+    ("function", "why"),
     {
         "sum": (lambda x: x.sum(0), "a reduction over the samples"),
         "sum of all": (lambda x: x.sum(), "a reduction over the samples"),

@@ -332,11 +332,10 @@ def test_unsupported_can_be_skipped():
     torch.testing.assert_close(model.good.weight.sum_grad_squared, each.square().sum(0))
 
 
-def test_sparse_embedding_can_be_skipped():
+def test_sparse_embedding_is_refused_with_the_fix():
     model = Model(lambda m, i: m.layer(m.table(i)), table=nn.Embedding(7, 3, sparse=True), layer=nn.Linear(3, 2))
-    step(model, IDS, unsupported="skip")
-    assert rows(model)["table.weight"].status is Status.SKIPPED
-    assert find(model.layer.weight, SUM_GRAD_SQUARED) is not None
+    with pytest.raises(UnsupportedError, match=r"table\.weight: .*build it with sparse=False"):
+        step(model, IDS)
 
 
 REFUSED = {
@@ -386,7 +385,7 @@ def test_a_custom_function_is_right_or_refused():
 
 
 @pytest.mark.parametrize(
-    "options, text",
+    ("options", "text"),
     [
         ({"per": "batch"}, "per='batch'"),
         ({"unsupported": "ignore"}, "unsupported='ignore'"),
