@@ -6,7 +6,7 @@ clear message, rather than later with an unexplained one.
 
 import importlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,15 +103,3 @@ def size_hint(shape_env: object, size: object) -> int:
     """The value that a symbolic size had when its graph was captured."""
     hint = getattr(shape_env, "optimization_hint", None) or shape_env.size_hint  # type: ignore[attr-defined]  # before 2.13
     return int(hint(size))
-
-
-def aot_eager(graph_module: torch.fx.GraphModule, fake_inputs: Sequence[object]) -> Callable[..., object]:
-    """AOTAutograd with the partitioner that Inductor uses, and an interpreter in place of Inductor.
-
-    torch's own ``aot_eager`` partitions without it, and mixes up saved values when checkpointed regions hold custom operators.
-    """
-    from functorch.compile import min_cut_rematerialization_partition, nop
-    from torch._dynamo.backends.common import aot_autograd
-
-    backend = aot_autograd(fw_compiler=nop, bw_compiler=nop, partition_fn=min_cut_rematerialization_partition)
-    return backend(graph_module, fake_inputs)

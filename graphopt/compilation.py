@@ -42,7 +42,9 @@ def compile_graph(
     module = graph.copy().graph_module  # compilers take ownership
     with _compat.disable_autocast():  # the casts are nodes already
         if compiler == "aot_eager":
-            return _compat.aot_eager(module, graph.fake_inputs)
+            from torch._dynamo.backends.registry import lookup_backend
+
+            return lookup_backend("aot_eager")(module, graph.fake_inputs)  # type: ignore[arg-type]
         settings = {"post_grad_custom_pre_pass": _cache_key(tuple(item.uuid for item in passes)), **(config or {})}
         return _compat.compile_fx(module, graph.fake_inputs, config_patches=settings)  # type: ignore[return-value]
 

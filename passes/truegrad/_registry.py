@@ -27,6 +27,11 @@ class Declined:
 
 
 @dataclass(frozen=True)
+class Refused(Declined):
+    """A rule does not apply, and neither may the general ones."""
+
+
+@dataclass(frozen=True)
 class ClosedForm:
     """A rule applies.
 

@@ -23,7 +23,7 @@ from graphopt.passes.truegrad import (
     ops,  # noqa: F401  registers torch.ops.graphopt
     rules,  # noqa: F401  registers the rules
 )
-from graphopt.passes.truegrad._registry import ClosedForm, Declined, batched_rules, closed_rules
+from graphopt.passes.truegrad._registry import ClosedForm, Declined, Refused, batched_rules, closed_rules
 from graphopt.passes.truegrad.editor import Editor
 from graphopt.passes.truegrad.rules.embedding import check as check_embedding
 from graphopt.passes.truegrad.rules.tied_embedding import is_tied_embedding, rewrite_tied_embedding
@@ -227,7 +227,7 @@ class Rewriter:
     def _batched_node(self, node: Node) -> Node | Declined:
         if node.target in batched_rules:
             result = batched_rules[node.target](node, self)
-            if isinstance(result, Node) or self.per_token:
+            if isinstance(result, Node | Refused) or self.per_token:
                 return result
         if self._broadcasts(node):
             args = torch.fx.map_arg(node.args, lambda a: self.batched(a, node) if a in self.uses.params else a)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.fx import Node
 
 from graphopt.passes.truegrad._registry import Context, Declined, batched_rule
-from graphopt.passes.truegrad.sample_axis import Free, SampleAxis
+from graphopt.passes.truegrad.sample_axis import Free, Layout, SampleAxis
 
 aten = torch.ops.aten
 
@@ -93,20 +93,26 @@ def contraction(node: Node, context: Context) -> Node | Declined:
         return parsed
     operands, letters, output, summand = parsed
     editor, layout = context.editor, context.sample_axis(node)
-    if not layout.is_plain:
-        return Declined("samples are interleaved with other rows")
+    letter = output[layout.axis]
+    rows = (
+        letter if layout.is_plain else "PNQ"
+    )  # an axis that holds other rows too is unfolded, and folded again at the end
+    sample = letter if layout.is_plain else "N"
     tangents = []
     for position, operand in enumerate(operands):
         if operand not in context.uses.params:
             if not isinstance(context.layout(operand), Free | SampleAxis):
                 return Declined("its other operand mixes samples")
             continue
-        sides = [editor.detached(other) for other in operands]
+        sides = [_unfolded(editor.detached(other), context.layout(other), context) for other in operands]
         sides[position] = context.tangent(operand)
-        names = list(letters)
-        names[position] = output[layout.axis] + names[position]
-        equation = f"{','.join(names)}->{output}"
-        tangents.append(editor.call(aten.einsum.default, equation, sides))
+        names = [name.replace(letter, rows) for name in letters]
+        names[position] = sample + letters[position]
+        equation = f"{','.join(names)}->{output.replace(letter, rows)}"
+        tangent = editor.call(aten.einsum.default, equation, sides)
+        if not layout.is_plain:
+            tangent = editor.call(aten.flatten.using_ints, tangent, layout.axis, layout.axis + 2)
+        tangents.append(tangent)
     value = editor.call(
         cast(Any, node.target),
         *torch.fx.map_arg(node.args, lambda a: editor.detached(a) if a in context.uses.params else a),
@@ -123,6 +129,13 @@ def contraction(node: Node, context: Context) -> Node | Declined:
     if total.meta["val"].dtype != dtype:
         total = editor.call(aten._to_copy.default, total, dtype=dtype)
     return editor.call(torch.ops.graphopt.with_tangent.default, value, total)
+
+
+def _unfolded(value: Node, layout: Layout, context: Context) -> Node:
+    """The axis of the samples as three: (outer, N, inner)."""
+    if not isinstance(layout, SampleAxis) or layout.is_plain:
+        return value
+    return context.editor.call(aten.unflatten.int, value, layout.axis, list(context.editor.rows(layout)))
 
 
 def _parse(node: Node) -> tuple[list[Node], list[str], str, Node | None] | Declined:

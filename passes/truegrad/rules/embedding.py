@@ -19,7 +19,7 @@ from torch import nn
 from torch.fx import Node
 
 from graphopt.passes.truegrad import ops  # noqa: F401  registers torch.ops.graphopt
-from graphopt.passes.truegrad._registry import ClosedForm, Context, Declined, batched_rule, closed_form
+from graphopt.passes.truegrad._registry import ClosedForm, Context, Declined, Refused, batched_rule, closed_form
 from graphopt.passes.truegrad.sample_axis import SampleAxis
 
 aten = torch.ops.aten
@@ -86,9 +86,9 @@ def check(node: Node) -> tuple[Node, Node, int] | Declined:
     defaults: tuple[Any, ...] = (-1, False, False)
     table, indices, padding_idx, scale, sparse = (*given, *defaults[len(given) - 2 :])
     if sparse:
-        return Declined("its gradient is sparse, and the statistic is dense: build it with sparse=False")
+        return Refused("its gradient is sparse, and the statistic is dense: build it with sparse=False")
     if scale:
-        return Declined(
+        return Refused(
             "it scales gradients by how often a row occurs in the whole batch: build it with scale_grad_by_freq=False"
         )
     return table, indices, padding_idx
