@@ -28,11 +28,13 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/train_lm.py $(DEMO_ARGS)
 
+# Two processes of one thread each: the suite compiles more than it computes.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.report --embed README.md
 
 lint: format-check ruff types
 
