@@ -54,8 +54,8 @@ def main() -> int:
     torch.compiler.reset()
     model = torch.compile(build_model(options))
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay, fused=True)
-    options.steps_to_run, options.seconds = len(ours.train), math.inf
-    baseline = train("AdamW", model, optimizer, text, options)
+    same_steps = argparse.Namespace(**{**vars(options), "steps_to_run": len(ours.train), "seconds": math.inf})
+    baseline = train("AdamW", model, optimizer, text, same_steps)
 
     runs = {"graphopt": ours, "AdamW": baseline}
     print_summary(runs, coverage, text)
