@@ -44,7 +44,7 @@ def compile_graph(
         if compiler == "aot_eager":
             from torch._dynamo.backends.registry import lookup_backend
 
-            return lookup_backend("aot_eager")(module, graph.fake_inputs)  # type: ignore[arg-type]
+            return lookup_backend("aot_eager")(module, graph.fake_inputs)
         settings = {"post_grad_custom_pre_pass": _cache_key(tuple(item.uuid for item in passes)), **(config or {})}
         return _compat.compile_fx(module, graph.fake_inputs, config_patches=settings)  # type: ignore[return-value]
 

@@ -199,6 +199,14 @@ class Setup:
         return bound
 
 
+def with_own_code(call: types.FunctionType) -> types.FunctionType:
+    """The same closure with a code object of its own.
+
+    Dynamo counts recompilations by code object: without it, the closures of all models would share one limit.
+    """
+    return types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
+
+
 class _Handle:
     """What a transformed model carries in its ``__dict__``: options, records, and the compiled call.
 
@@ -222,9 +230,12 @@ class _Handle:
             return self.setup.compile(graph_module, example_inputs, NamedTensors.of(model), self.records.append)
 
         functools.update_wrapper(compile_one, backend)
-        # Dynamo counts recompilations by code object: without one of its own, every transformed model would share a limit.
-        own = types.FunctionType(call.__code__.replace(), globals(), call.__name__, None, call.__closure__)
-        compiled = torch.compile(own, backend=compile_one, dynamic=self.dynamic, fullgraph=self.setup.fullgraph)
+        compiled = torch.compile(
+            with_own_code(cast(types.FunctionType, call)),
+            backend=compile_one,
+            dynamic=self.dynamic,
+            fullgraph=self.setup.fullgraph,
+        )
         model.__dict__[_HANDLE] = self
         model.__dict__["_compiled_call_impl"] = _entry(model, compiled, self.setup)
 

@@ -8,7 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import FunctionType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from graphopt.capture import NamedTensors, mark_samples
 from graphopt.errors import GraphoptError, UnsupportedError
 from graphopt.pipeline import Coverage, Record, Status
 from graphopt.runtime.bound_graph import BoundGraph
-from graphopt.transform import Setup, records, restore, setup_of
+from graphopt.transform import Setup, records, restore, setup_of, with_own_code
 
 _NOT_REACHED = "no captured graph computes a gradient for it"
 
@@ -126,7 +127,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
 
     mark_samples(clone.forward, args, kwargs, setup.sample_axis)
     try:
-        torch.compile(call, backend=collect)(*args, **kwargs)
+        torch.compile(with_own_code(cast(FunctionType, call)), backend=collect)(*args, **kwargs)
     except (NotImplementedError, RuntimeError) as error:
         inner = getattr(error, "inner_exception", error)
         if isinstance(inner, GraphoptError):

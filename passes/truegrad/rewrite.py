@@ -138,7 +138,7 @@ class Rewriter:
 
     def run(self) -> int:
         """Serve every parameter that can be served; the others are in ``uses.problems``. Returns the number of changes."""
-        tied, closed, batched = self._plan()
+        tied, batched = self._plan()
         changed = 0
         for param in tied:
             for node in rewrite_tied_embedding(param, self.uses.of[param], self):
@@ -152,10 +152,9 @@ class Rewriter:
                 self.editor.graph.erase_node(node)
                 changed += 1
         changed += self._batch(batched)
-        del closed
         return changed
 
-    def _plan(self) -> tuple[list[Node], list[Node], set[Node]]:
+    def _plan(self) -> tuple[list[Node], set[Node]]:
         candidates = [param for param, found in self.uses.of.items() if found and param not in self.uses.problems]
         frontier = {use.node for param in candidates for use in self.uses.of[param]}
         for node in [node for node in self.editor.graph.nodes if node in frontier]:
@@ -177,7 +176,7 @@ class Rewriter:
         closed = [param for param in candidates if param not in batched and param not in tied]
         self._closed_values = {use.value for param in closed for use in self.uses.of[param]}
         self._report(tied, closed, batched)
-        return tied, closed, batched
+        return tied, batched
 
     def _is_closed(self, param: Node) -> bool:
         found = self.uses.of[param]

@@ -53,6 +53,13 @@ def test_explain_holds_no_copy_of_the_weights():
     assert max(seen) == 4
 
 
+def test_explain_has_no_limit():
+    """Dynamo stops recompiling one code object after eight times."""
+    for width in range(2, 14):
+        report = graphopt.explain(nn.Linear(width, 3), torch.randn(4, width))
+        assert report.num_covered == 2
+
+
 def test_explain_reports_what_cannot_be_served():
     report = graphopt.explain(Mixed(), torch.randn(4, 3))
     assert rows_of(report) == {
