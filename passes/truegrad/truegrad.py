@@ -15,8 +15,9 @@ from graphopt.annotations import NUM_SAMPLES, SUM_GRAD_SQUARED, Key
 from graphopt.capture import CapturedGraph, InputKind
 from graphopt.errors import OptionError, SampleAxisError, UnsupportedError
 from graphopt.passes.truegrad.ops import register_decompositions
+from graphopt.passes.truegrad.propagation import find_sample_axes
 from graphopt.passes.truegrad.rewrite import Rewriter
-from graphopt.passes.truegrad.sample_axis import SampleAxis, find_sample_axes
+from graphopt.passes.truegrad.sample_axis import SampleAxis
 from graphopt.passes.truegrad.single_sample import rewrite_single_sample
 from graphopt.passes.truegrad.uses import find_uses
 from graphopt.pipeline import Coverage, Pass, PassResult, Status

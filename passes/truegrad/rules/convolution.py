@@ -26,6 +26,7 @@ from torch.fx import Node
 from graphopt.passes.truegrad import ops  # noqa: F401  registers torch.ops.graphopt
 from graphopt.passes.truegrad._registry import ClosedForm, Context, Declined, closed_form
 from graphopt.passes.truegrad.editor import Editor
+from graphopt.passes.truegrad.rules.linear import emit_linear
 from graphopt.passes.truegrad.sample_axis import SampleAxis, shape_of
 
 aten = torch.ops.aten
@@ -58,11 +59,11 @@ def convolution(node: Node, context: Context) -> ClosedForm | Declined:
         patches = _patches(
             context.editor, editor.detached(input), weight.meta["val"].shape[2:], stride, padding, dilation
         )
-        weight_sq = context.companion(weight) if weight in values else None
-        bias_sq = context.companion(bias) if bias in values else None
-        matrices = [value and editor.call(aten.flatten.using_ints, value, 1) for value in (weight, weight_sq)]
-        tail = (0, *editor.rows(layout), context.per_token, context.square_dtype)
-        rows = editor.call(torch.ops.graphopt.linear.default, patches, matrices[0], bias, matrices[1], bias_sq, *tail)
+        matrix = editor.call(aten.flatten.using_ints, weight, 1)
+        if weight in values:
+            context.uses.extend(weight, matrix)
+        served = [matrix if value is weight else value for value in values]
+        rows = emit_linear(context, patches, matrix, bias, layout, served=served)
         channels = editor.call(aten.transpose.int, rows, 1, 2)  # (N, O, L)
         spatial = [editor.size(size) for size in shape_of(node.meta["val"])[2:]]
         tangent = editor.call(aten.unflatten.int, channels, 2, spatial)

@@ -16,6 +16,7 @@ Source: Dangel, Kunstner, Hennig, "BackPACK: Packing more into backprop", arXiv:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -106,18 +107,43 @@ def linear(node: Node, context: Context) -> ClosedForm | Declined:
         return Declined("the summand is not a bias")
 
     def emit() -> Node:
-        editor = context.editor
-        operands = cast(_Operands, find_operands(node))  # again: other rules may have replaced them
-        input, weight, bias = operands.input, operands.weight, operands.bias
-        weights = [weight, context.companion(weight) if weight in served else None]
-        if operands.transposed:
-            weights = [value and editor.call(aten.t.default, value) for value in weights]
-        bias_sq = context.companion(bias) if bias is not None and bias in served else None
-        rows = editor.rows(layout)
-        tail = (layout.axis, *rows, context.per_token, context.square_dtype)
-        return editor.call(torch.ops.graphopt.linear.default, input, weights[0], bias, weights[1], bias_sq, *tail)
+        found = cast(_Operands, find_operands(node))  # again: other rules may have replaced them
+        return emit_linear(
+            context, found.input, found.weight, found.bias, layout, served=served, transposed=found.transposed
+        )
 
     return ClosedForm(tuple(served), emit, *_cost(input, weight))
+
+
+def emit_linear(
+    context: Context,
+    input: Node,
+    weight: Node,
+    bias: Node | None,
+    layout: SampleAxis,
+    *,
+    served: Sequence[Node],
+    transposed: bool = False,
+) -> Node:
+    """``graphopt::linear`` with all statistics of its parameters; other rules express themselves in it.
+
+    Args:
+        context: of the rewrite.
+        input: (..., I), with samples on ``layout.axis``, which is not the last.
+        weight: (O, I), or (I, O) if ``transposed``.
+        bias: (O,).
+        layout: where the samples are in ``input``.
+        served: those of ``weight`` and ``bias`` whose statistics are wanted; views of parameters (see `Uses.extend` for views
+            that a rule makes).
+        transposed: whether the weight is (I, O).
+    """
+    editor = context.editor
+    weights = [weight, context.companion(weight) if weight in served else None]
+    if transposed:
+        weights = [value and editor.call(aten.t.default, value) for value in weights]
+    bias_sq = context.companion(bias) if bias is not None and bias in served else None
+    tail = (layout.axis, *editor.rows(layout), context.per_token, context.square_dtype)
+    return editor.call(torch.ops.graphopt.linear.default, input, weights[0], bias, weights[1], bias_sq, *tail)
 
 
 def find_operands(node: Node) -> _Operands | Declined:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphopt.errors import SampleAxisError
-from graphopt.passes.truegrad.sample_axis import FREE, Lost, SampleAxis, find_sample_axes
+from graphopt.passes.truegrad.propagation import find_sample_axes
+from graphopt.passes.truegrad.sample_axis import FREE, Lost, SampleAxis
 from tests.passes.truegrad.checks import trace
 
 NUM = 7  # no other axis has this many rows, so a symbol that is lost shows

@@ -1,0 +1,169 @@
+"""Follow the samples through a graph, from the inputs that hold them, one operator at a time."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from graphopt.capture import CapturedGraph, InputKind
+from graphopt.errors import SampleAxisError
+from graphopt.inspect.location import describe
+from graphopt.passes.truegrad import axes, rules  # noqa: F401  register the axis rules
+from graphopt.passes.truegrad.sample_axis import (
+    FREE,
+    Free,
+    Layout,
+    Layouts,
+    Lost,
+    SampleAxis,
+    Size,
+    axis_rules,
+    is_pointwise,
+    shape_of,
+    value_of,
+)
+
+_CREATIONS = frozenset("new_zeros new_ones new_empty new_full new_empty_strided".split())
+
+
+def find_sample_axes(graph: CapturedGraph) -> Layouts:
+    """The layout of every value of the graph.
+
+    Raises:
+        SampleAxisError: two inputs count samples differently and meet in one operator.
+    """
+    return _Propagation(graph).run()
+
+
+class _Propagation:
+    def __init__(self, graph: CapturedGraph) -> None:
+        self.graph = graph
+        self.layouts: Layouts = {}
+        self.sources: dict[Size, tuple[int, int]] = {}  # number of samples -> the input that counts them
+
+    def run(self) -> Layouts:
+        candidates = [
+            (position, described.sample_axis, shape_of(fake)[described.sample_axis])
+            for position, (described, fake) in enumerate(zip(self.graph.inputs, self.graph.fake_inputs, strict=True))
+            if described.kind is InputKind.SAMPLES and described.sample_axis is not None
+        ]
+        # Dynamo keeps a size symbolic unless the model insists on its value; a size that it fixed beside one that it kept
+        # (a mask or a table that was passed in) does not count samples.
+        symbolic = [candidate for candidate in candidates if candidate[2].free_symbols]
+        samples = {position: (axis, num) for position, axis, num in symbolic or candidates}
+        for position, (node, described) in enumerate(zip(self.graph.placeholders, self.graph.inputs, strict=True)):
+            self.layouts[node] = FREE
+            if position in samples:
+                axis, num = samples[position]
+                source = self.sources.setdefault(num, (position, axis))
+                self.layouts[node] = SampleAxis(axis, num, source)
+            elif described.kind is InputKind.SAMPLES and described.requires_grad:
+                self.layouts[node] = Lost(node, "an input without samples that depends on parameters")
+        for node in self.graph.graph_module.graph.nodes:
+            if node.op == "call_function":
+                self.layouts[node] = self._visit(node)
+            elif node.op == "get_attr":
+                self.layouts[node] = FREE
+        return self.layouts
+
+    def layout(self, node: Any) -> Layout:
+        """The layout of a node with one output; `Free` for anything that is not a node."""
+        found = self.layouts.get(node, FREE) if isinstance(node, Node) else FREE
+        return found if not isinstance(found, list) else FREE
+
+    def _visit(self, node: Node) -> Layout | list[Layout]:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            if node.target is operator.getitem:
+                whole = self.layouts[cast(Node, node.args[0])]
+                return whole[cast(int, node.args[1])] if isinstance(whole, list) else whole
+            return FREE  # sizes and grad mode
+        value = node.meta.get("val")
+        outputs = list(value) if isinstance(value, list | tuple) else [value]
+        found = [self._visit_output(node, output) for output in outputs]
+        if cast(Any, node.target)._schema.is_mutable:
+            self._written(node, found[0])
+        return found if isinstance(value, list | tuple) else found[0]
+
+    def _visit_output(self, node: Node, value: Any) -> Layout:
+        if not isinstance(value, Tensor):
+            return FREE
+        inputs = [self.layout(argument) for argument in node.all_input_nodes if _is_tensor(argument)]
+        known = [layout for layout in inputs if isinstance(layout, SampleAxis)]
+        if not known:
+            lost = next((layout for layout in inputs if isinstance(layout, Lost)), None)
+            return lost if lost is not None else self._fresh(node, value)
+        if {layout.num for layout in known} != {known[0].num}:
+            self._refuse(node, known)
+        op = cast(Any, node.target).overloadpacket.__name__
+        if op in _CREATIONS:
+            return self._fresh(node, value)
+        if op in axis_rules:
+            axis = axis_rules[op](node, value, self)
+        elif is_pointwise(node.target):
+            axis = self._pointwise(node, value)
+        else:
+            axis = Lost(node, f"{op} is not known to keep samples apart")
+        if isinstance(axis, SampleAxis) and axis.axis >= value.ndim:
+            raise AssertionError(f"sample axis {axis.axis} of {describe(node)} with {value.ndim} axes")
+        return axis
+
+    def _written(self, node: Node, result: Layout) -> None:
+        """An operator writes in place: what it wrote to, and every view of it, now holds samples."""
+        target: Any = node.args[0] if node.args else None
+        if isinstance(result, Free) or not isinstance(target, Node):
+            return
+        while target is not None:
+            if isinstance(self.layout(target), Free):
+                self.layouts[target] = Lost(node, "samples are written into a tensor that has no axis for them")
+            target = target.args[0] if target.op == "call_function" and _is_view(target) else None
+
+    def _fresh(self, node: Node, value: Tensor) -> Layout:
+        """A value that no sample enters may still have rows for them: ``x.new_zeros(batch)``, ``token.expand(batch, 1, d)``."""
+        symbols = {symbol for num in self.sources for symbol in num.free_symbols}
+        sizes = shape_of(value)
+        found = [axis for axis, size in enumerate(sizes) if size.free_symbols & symbols]
+        if not found:
+            return FREE
+        if len(found) == 1 and sizes[found[0]] in self.sources:
+            num = sizes[found[0]]
+            return SampleAxis(found[0], num, self.sources[num], is_iota=_counts_up(node))
+        return Lost(node, "rows in an order that is not known")
+
+    def _pointwise(self, node: Node, value: Tensor) -> Layout:
+        found = {
+            layout.at(layout.axis + value.ndim - value_of(argument).ndim)
+            for argument in node.all_input_nodes
+            if isinstance(layout := self.layout(argument), SampleAxis)
+        }
+        return found.pop() if len(found) == 1 else Lost(node, "samples meet on different axes")
+
+    def _refuse(self, node: Node, known: Sequence[SampleAxis]) -> None:
+        names = sorted({self.graph.inputs[layout.source[0]].name for layout in known})
+        option = {name.rpartition(".")[2]: None for name in names[1:]}
+        raise SampleAxisError(
+            f"{describe(node)} joins values whose samples are counted by different inputs: {', '.join(names)}. Say which input "
+            f"holds samples and on which axis, for example options={{'sample_axis': {option}}} for inputs without samples"
+        )
+
+
+def _is_view(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+
+
+def _counts_up(node: Node) -> bool:
+    """Whether a node gives 0, 1, 2, ..."""
+    op, args = node.target, cast(Any, node.args)
+    return op is torch.ops.aten.arange.default or (
+        (op is torch.ops.aten.arange.start and args[0] == 0)
+        or (op is torch.ops.aten.arange.start_step and args[0] == 0 and (len(args) < 3 or args[2] == 1))
+    )
+
+
+def _is_tensor(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) or isinstance(value, list | tuple)
