@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
     from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx as make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
     from torch.utils.checkpoint import CheckpointPolicy as CheckpointPolicy
 
 _LAZY = {
@@ -62,6 +63,7 @@ _LAZY = {
     "FakeTensor": ("torch._subclasses.fake_tensor", "FakeTensor"),
     "FakeTensorMode": ("torch._subclasses.fake_tensor", "FakeTensorMode"),
     "make_fx": ("torch.fx.experimental.proxy_tensor", "make_fx"),
+    "ShapeEnv": ("torch.fx.experimental.symbolic_shapes", "ShapeEnv"),
     "CheckpointPolicy": ("torch.utils.checkpoint", "CheckpointPolicy"),
 }
 
@@ -97,6 +99,21 @@ def register_inductor_decompositions(table: Mapping[torch._ops.OpOverload, Calla
     for op, function in table.items():
         decomposition.register_decomposition(op)(function)
     decomposition.fast_random_decomps.cache_clear()
+
+
+def one_symbolic_axis(num_axes: int, axis: int | None) -> object:
+    """For ``FakeTensorMode.from_tensor``: all sizes fixed but that of ``axis``; equal sizes share a symbol, 0 and 1 are fixed."""
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    sizes = [DimDynamic.DUCK if position == axis else DimDynamic.STATIC for position in range(num_axes)]
+    return StatelessSymbolicContext(dynamic_sizes=sizes)
+
+
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether a tensor stands for others: it is fake, or inside ``torch.func`` or ``torch.jit.trace``."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch.jit.is_tracing():
+        return True
+    return type(tensor).__name__ == "FakeTensor"
 
 
 def size_hint(shape_env: object, size: object) -> int:

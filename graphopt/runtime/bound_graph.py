@@ -21,11 +21,15 @@ class BoundGraph:
 
     num_calls = 0  # of all graphs; `transform` compares it before and after a call of the model
 
-    def __init__(self, graph: CapturedGraph, compile_graph: Callable[[], Callable[..., Any]]) -> None:
+    def __init__(
+        self,
+        graph: CapturedGraph,
+        compile_graph: Callable[[], Callable[..., Any]],
+        name_call: Callable[[], str] | None = None,
+    ) -> None:
         identity = _compat.CompileContext.current_compile_id()
-        self._frame = str(
-            getattr(identity, "frame_id", identity)
-        )  # the same for recompilations, another behind a graph break
+        frame = str(getattr(identity, "frame_id", identity))  # the same for recompilations, another behind a graph break
+        self._name_call = name_call or (lambda: frame)  # contributions from calls of one name are added before squaring
         companions = [described for described in graph.inputs if described.kind is InputKind.COMPANION]
         self._params = [described.companion_of for described in companions if described.companion_of is not None]
         self._counts = [_evaluator(described.num_samples, graph) for described in companions]
@@ -56,9 +60,9 @@ class BoundGraph:
         differentiable = [value for value in outputs if isinstance(value, Tensor) and value.requires_grad]
         if not differentiable:
             return
-        counts = [count(args) for count in self._counts]
+        counts, frame = [count(args) for count in self._counts], self._name_call()
         torch.autograd.graph.register_multi_grad_hook(
-            differentiable, lambda _: enter_backward(statistics, counts, self._frame), mode="any"
+            differentiable, lambda _: enter_backward(statistics, counts, frame), mode="any"
         )
 
     def _tag(self, outputs: Sequence[Any]) -> None:
