@@ -8,8 +8,8 @@ micro-batches exactly as it accumulates ``p.grad``. When a backward pass ends, w
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Callable, Iterable
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -18,12 +18,21 @@ from torch.utils.weak import WeakIdKeyDictionary
 from graphopt import _compat
 from graphopt.annotations import clear, publish, reconcile
 
+EAGER_CALL = "graphopt.nn: "  # how the names of calls begin that were not captured together with the rest of the model
+
 _statistics: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _running: dict[int, list[Statistic]] = {}  # backward pass -> what it has touched so far
 
 
 class Statistic:
-    """The sum of squared per-sample gradients of one parameter, between two ``zero_grad``."""
+    """The sum of squared per-sample gradients of one parameter, between two ``zero_grad``.
+
+    Attributes:
+        kinds: functions that say which subclass serves a parameter, or ``None``: `graphopt.runtime.data_parallel` and
+            `graphopt.runtime.fully_sharded` add theirs.
+    """
+
+    kinds: ClassVar[list[Callable[[Tensor], type[Statistic] | None]]] = []
 
     def __init__(self, param: Tensor) -> None:
         self._param = weakref.ref(param)
@@ -38,9 +47,10 @@ class Statistic:
     @classmethod
     def of(cls, param: Tensor) -> Statistic:
         """The parameter's statistic, made anew if the parameter was moved or cast."""
+        kind = next((found for find in cls.kinds if (found := find(param)) is not None), Statistic)
         statistic = cast("Statistic | None", _statistics.get(param))
-        if statistic is None or not _fits(statistic.companion, param):
-            statistic = _statistics[param] = cls(param)
+        if type(statistic) is not kind or not _fits(statistic.companion, param):
+            statistic = _statistics[param] = kind(param)
         return statistic
 
     def forget_if_cleared(self) -> None:
@@ -57,25 +67,37 @@ class Statistic:
             return
         if task != self._task:
             self._task, self._entered, self._frames = task, 0, set()
-            if param.grad is None:
-                clear([param])
-                self._reset()
-            else:
-                reconcile([param])
+            self._begin(param)
             grad = self.companion.grad
             self._grad_before = (grad, grad._version if grad is not None else 0)
             _running.setdefault(task, []).append(self)
         self._entered += num_samples
         self._frames.add(frame)
 
-    def publish(self) -> None:
+    def leave(self, task: int) -> None:
         """The backward pass has ended: publish what it added, unless it asked for other gradients than this one."""
-        param, grad = self._param(), self.companion.grad
+        param = self._param()
+        if self._count(param) and param is not None:
+            self._publish(param, self.companion.grad, self.num_samples)
+
+    def _begin(self, param: Tensor) -> None:
+        """The first graph of a backward pass: what was published follows the gradient."""
+        if param.grad is None:
+            clear([param])
+            self._reset()
+        else:
+            reconcile([param])
+
+    def _count(self, param: Tensor | None) -> bool:
+        """Count the samples of the pass that has ended; false if it added nothing."""
+        grad = self.companion.grad
         self._task = -1
         before, version = self._grad_before
         self._grad_before = (None, 0)
-        if param is None or param.grad is None or grad is None or (grad is before and grad._version == version):
-            return
+        if param is None or not self._has_gradient(param) or grad is None:
+            return False
+        if grad is before and grad._version == version:
+            return False
         self.num_samples += self._entered
         if len(self._frames) > 1:
             self._problem = (
@@ -83,7 +105,19 @@ class Statistic:
                 "contributions were squared before they were added: the sum is not exact. Remove the break "
                 "(TORCH_LOGS=graph_breaks shows it) or leave the parameter out with TrueGrad(where=...)"
             )
-        publish(param, grad, self.num_samples, on_clear=self._reset, problem=self._problem)
+        return True
+
+    def _has_gradient(self, param: Tensor) -> bool:
+        return param.grad is not None
+
+    def _publish(self, param: Tensor, value: Tensor | None, num_samples: int) -> None:
+        assert value is not None
+        publish(
+            param, value, num_samples, on_clear=self._reset, on_rescale=self._rescale_parts, problem=self._problem
+        )
+
+    def _rescale_parts(self, factor: Tensor) -> None:
+        """``p.grad`` was rescaled by ``factor``, and what is published by its square: so must be what is kept beside it."""
 
     def _reset(self) -> None:
         self.companion.grad = None
@@ -103,7 +137,24 @@ def enter_backward(statistics: Iterable[Statistic], num_samples: Iterable[int], 
 
 def _leave_backward(task: int) -> None:
     for statistic in _running.pop(task, []):
-        statistic.publish()
+        statistic.leave(task)
+
+
+def _squared_too_early(param: Tensor, frames: set[str]) -> str:
+    shape = tuple(param.shape)
+    if calls := sorted(frame for frame in frames if frame.startswith(EAGER_CALL)):
+        names = ", ".join(call.removeprefix(EAGER_CALL) for call in calls)
+        return (
+            f"a parameter of shape {shape} was used by {len(frames)} calls of graphopt.nn within one backward pass ({names}), each "
+            "of which squared its own contributions before they were added: the sum is not exact. Use "
+            "graphopt.transform(model) or graphopt.patch_model(model), which see all uses of a parameter, or call backward() for "
+            "each call by itself"
+        )
+    return (
+        f"a parameter of shape {shape} is used on both sides of a graph break, so its per-sample "
+        "contributions were squared before they were added: the sum is not exact. Remove the break "
+        "(TORCH_LOGS=graph_breaks shows it) or leave the parameter out with TrueGrad(where=...)"
+    )
 
 
 def _companion(param: Tensor) -> Tensor:
