@@ -6,6 +6,7 @@ clear message, rather than later with an unexplained one.
 
 import importlib
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,14 @@ def __getattr__(name: str) -> Any:
     module, attribute = _LAZY[name]
     value = globals()[name] = getattr(importlib.import_module(module), attribute)
     return value
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a DTensor, as a view; any other tensor itself."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return tensor
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: no DTensor can exist
+    return tensor._local_tensor if module is not None and isinstance(tensor, module.DTensor) else tensor  # type: ignore[attr-defined, no-any-return]
 
 
 def current_graph_task() -> int:

@@ -100,11 +100,7 @@ class Statistic:
             return False
         self.num_samples += self._entered
         if len(self._frames) > 1:
-            self._problem = (
-                f"a parameter of shape {tuple(param.shape)} is used on both sides of a graph break, so its per-sample "
-                "contributions were squared before they were added: the sum is not exact. Remove the break "
-                "(TORCH_LOGS=graph_breaks shows it) or leave the parameter out with TrueGrad(where=...)"
-            )
+            self._problem = _squared_too_early(param, self._frames)
         return True
 
     def _has_gradient(self, param: Tensor) -> bool:
