@@ -1,4 +1,13 @@
-"""Optimizers that read what the passes leave on the parameters."""
+"""Optimizers that read what the passes leave on the parameters, and optimizers that wrap others."""
 
 from graphopt.optim.clip_grad import clip_grad_norm_ as clip_grad_norm_
 from graphopt.optim.tgadamw import TGAdamW as TGAdamW
+from graphopt.optim.tglaprop import TGLaProp as TGLaProp
+from graphopt.optim.tgrmsprop import TGRMSProp as TGRMSProp
+from graphopt.optim.weight_decay import L1WeightDecay as L1WeightDecay
+from graphopt.optim.weight_decay import L2WeightDecay as L2WeightDecay
+from graphopt.optim.weight_decay import LpWeightDecay as LpWeightDecay
+from graphopt.optim.weight_decay import WeightDecay as WeightDecay
+from graphopt.optim.weight_decay import WeightDecayChain as WeightDecayChain
+from graphopt.optim.weight_decay import WeightDecayToEMA as WeightDecayToEMA
+from graphopt.optim.weight_decay import WeightDecayToInit as WeightDecayToInit

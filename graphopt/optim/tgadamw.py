@@ -1,28 +1,11 @@
 """TGAdamW: AdamW whose second moment is the mean over samples of the squared per-sample gradient."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from graphopt import _compat
-from graphopt.errors import OptionError
-from graphopt.optim.tgadamw_update import Tensors, Update, make_coefficients, plan
-from graphopt.optim.truegrad_optimizer import Gradient, TrueGradOptimizer, new_count, state_dtype
-
-# What a group lacks that comes from the state_dict of torch.optim.AdamW.
-_DEFAULTS: dict[str, Any] = {
-    "graft": True,
-    "default_to_baseline": False,
-    "enforce_baseline": False,
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-}
+from graphopt.optim.truegrad_optimizer import Options, TrueGradOptimizer
 
 
 class TGAdamW(TrueGradOptimizer):
@@ -32,7 +15,7 @@ class TGAdamW(TrueGradOptimizer):
 
         m = β1 m + (1 - β1) g                    exp_avg
         w = β2 w + (1 - β2) g²                   exp_avg_sq
-        v = β3 v + (1 - β3) n s                  exp_avg_per_sample_sq
+        v = β3 v + (1 - β3) n s                  exp_avg_per_sample_sq, see preconditioner
         b = m / max(√(w / (1 - β2^t)), ε)        Adam's direction, the baseline
         u = m / max(√(v / (1 - β3^k)), ε)        the direction; k = num_statistics counts the statistics seen
         θ = θ - lr λ θ - lr / (1 - β1^t) u f     f = ‖b‖ / (‖u‖ + ε) for each tensor if graft, else 1
@@ -67,6 +50,12 @@ class TGAdamW(TrueGradOptimizer):
             learning rates become. With ``foreach`` and ``fused`` both ``None``: from 2**20 elements on, and with a
             warning where compiling fails; fewer are treated as with ``foreach``.
         default_to_adam: another name for ``default_to_baseline``, from TrueGrad's README.
+        preconditioner: what v averages. ``"mean_square"``: n s, the mean of the squared per-sample gradients of a mean
+            loss. ``"variance"``: max(n s - g², 0), their variance; it needs two samples or more, and is zero where all
+            samples agree, so ε or grafting then bounds the step. ``"squared_mean"``: g², the square of the mean; it
+            needs no statistic, and is the baseline, normalised by β3 and with ε as a limit. (mean_square
+            is the sum of the two others.)
+        weight_decay_cls: a `WeightDecayChain`, or one link of it, in the place of λ θ; ``None`` for λ θ.
 
     Raises:
         OptionError: an option is not valid.
@@ -74,9 +63,11 @@ class TGAdamW(TrueGradOptimizer):
 
     Reference: Nestler, "TrueGrad", github.com/ClashLuke/TrueGrad, 2022. Loshchilov, Hutter, "Decoupled Weight Decay
     Regularization", arXiv:1711.05101, 2017, algorithm 2. Agarwal, Anil, Hazan, Koren, Zhang, "Disentangling Adaptive
-    Gradient Methods from Learning Rates", arXiv:2002.11803, 2020 (grafting).
+    Gradient Methods from Learning Rates", arXiv:2002.11803, 2020 (grafting). Roulet, Agarwala, "Per-example gradients: a
+    new frontier for understanding and improving optimizers", arXiv:2510.00236, 2025 (which square is better).
 
     Example:
+        >>> import torch
         >>> from graphopt.annotations import publish
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
         >>> optimizer = TGAdamW([weight], lr=0.1, weight_decay=0.0, graft=False)
@@ -86,6 +77,12 @@ class TGAdamW(TrueGradOptimizer):
         >>> weight.detach()  # a full step where the samples agree
         tensor([0.9000, 0.9684])
     """
+
+    _baseline_name = "AdamW"
+    _betas_form = (
+        "(beta1, beta2) or (beta1, beta2, beta3), for the averages of the gradient, its square and the statistic"
+    )
+    _shared = ("exp_avg",)
 
     def __init__(
         self,
@@ -97,117 +94,11 @@ class TGAdamW(TrueGradOptimizer):
         graft: bool = True,
         default_to_baseline: bool = False,
         enforce_baseline: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        default_to_adam: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "graft": graft,
-            "default_to_baseline": default_to_baseline or default_to_adam,
-            "enforce_baseline": enforce_baseline,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, lr, betas, eps, weight_decay, graft, default_to_baseline, enforce_baseline, **options)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for option, default in _DEFAULTS.items():
-                group.setdefault(option, default)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient.
-
-        Args:
-            closure: recomputes the loss and the gradients; called once, with gradients enabled.
-
-        Returns:
-            What the closure returned, or ``None``.
-
-        Raises:
-            MissingAnnotation: parameters have no statistic; the text names them. Nothing was changed.
-            StaleAnnotation: a gradient no longer belongs to its statistic. Nothing was changed.
-            UnsupportedError: a gradient is sparse. Nothing was changed.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._update_all()
-        return loss
-
-    @_compat.disable_dynamo  # annotations are read in Python, and the kernels are compiled here
-    def _update_all(self) -> None:
-        gradients = self._gradients()
-        numbers = {id(group): _numbers(group) for group in self.param_groups}
-        updates = [self._prepare(gradient, numbers[id(gradient.group)]) for gradient in gradients]
-        runs = plan(updates)  # compiles, so it can fail: before anything is changed
-        counts = ("step", "num_statistics")
-        counted = [update.state[name] for update in updates if update.tensors.statistic is not None for name in counts]
-        if counted:  # torch's AdamW counts the steps of the others
-            torch._foreach_add_(counted, 1)
-        for run in runs:
-            run()
-
-    def _check_options(self, group: dict[str, Any]) -> None:
-        super()._check_options(group)
-        lr, betas = group["lr"], group["betas"]
-        if (isinstance(lr, Tensor) and lr.numel() != 1) or not float(lr) >= 0.0:
-            raise OptionError(f"TGAdamW: lr={lr}; expected a number or a one-element tensor, at least 0")
-        if len(betas) not in (2, 3) or not all(0.0 <= float(beta) < 1.0 for beta in betas):
-            raise OptionError(
-                f"TGAdamW: betas={betas}; expected (beta1, beta2) or (beta1, beta2, beta3), for the averages of the "
-                "gradient, its square and the statistic, each at least 0 and below 1"
-            )
-        for name in ("eps", "weight_decay"):
-            if not float(group[name]) >= 0.0:
-                raise OptionError(f"TGAdamW: {name}={group[name]}; expected a number, at least 0")
-
-    def _prepare(self, gradient: Gradient, numbers: tuple[float, ...]) -> Update:
-        """The tensors and coefficients of one parameter's update; creates the state where there is none."""
-        group, param, grad, statistic, num_samples = gradient
-        state = self._init_state(group, param, grad)
-        num_statistics = 1 if statistic is None else state["num_statistics"].item() + 1
-        coefficients = make_coefficients(*numbers, state["step"].item() + 1, num_statistics, num_samples)
-        per_sample_sq = None if statistic is None else state["exp_avg_per_sample_sq"]
-        tensors = Tensors(param, grad, statistic, state["exp_avg"], state.get("exp_avg_sq"), per_sample_sq)
-        flat = tensors.flat()
-        return Update(group, state, tensors if flat is None else flat, flat is not None, coefficients)
-
-    def _init_state(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> dict[str, Any]:
-        # Which entries there are depends on the options alone, not on whether a statistic has arrived yet: a checkpoint
-        # is loaded into the entries of a fresh optimizer.
-        state: dict[str, Any] = self.state[param]
-        dtype = state_dtype(param)
-        if "exp_avg" not in state:
-            state["step"] = new_count()
-            state["exp_avg"] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-        if "exp_avg_sq" not in state and (group["graft"] or group["default_to_baseline"] or group["enforce_baseline"]):
-            state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-            if state["step"] > 0:  # grafting was switched on later: as if the gradient had always been this one
-                seen = 1 - float(group["betas"][1]) ** state["step"].item()
-                state["exp_avg_sq"].add_(grad.to(dtype).square(), alpha=seen)
-        if "exp_avg_per_sample_sq" not in state and not group["enforce_baseline"]:
-            state["exp_avg_per_sample_sq"] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-            state["num_statistics"] = new_count()
-        return state
-
-
-def _numbers(group: dict[str, Any]) -> tuple[float, ...]:
-    """lr, beta1, beta2, beta3, eps and weight_decay of a group, which may hold some of them as tensors."""
-    beta1, beta2, *beta3 = group["betas"]
-    numbers = (group["lr"], beta1, beta2, beta3[0] if beta3 else beta2, group["eps"], group["weight_decay"])
-    return tuple([float(number) for number in numbers])
+    def _betas(self, betas: Any) -> tuple[float, float, float, float] | None:
+        if not isinstance(betas, (tuple, list)) or len(betas) not in (2, 3):
+            return None
+        return betas[0], betas[1], betas[0], betas[-1]

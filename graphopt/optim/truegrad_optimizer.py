@@ -1,15 +1,18 @@
-"""What all optimizers that read TrueGrad's statistic share: reading and clearing it, and loading their state."""
+"""What the TG optimizers share: options, reading the statistic, the state, and the step."""
 
-from collections.abc import Iterable, Iterator
-from itertools import chain
-from typing import Any, ClassVar, NamedTuple
+from abc import abstractmethod
+from typing import Any, ClassVar, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from graphopt import annotations
 from graphopt.annotations import NUM_SAMPLES, SUM_GRAD_SQUARED
 from graphopt.errors import MissingAnnotation, OptionError, StaleAnnotation, UnsupportedError
+from graphopt.optim.base_optimizer import BaseOptimizer, new_count, state_dtype
+from graphopt.optim.truegrad_update import AVERAGES, Numbers, Preconditioner, Tensors, Update, make_coefficients, plan
+from graphopt.optim.weight_decay import WeightDecay, WeightDecayChain
 
 _MAX_NAMES = 10
 
@@ -18,8 +21,35 @@ _MISSING = """\
 It is provided by {provider}, and exists between backward() and the zero_grad() that follows.
 Nothing was changed. Either
   - call graphopt.transform(model) before training; graphopt.records(model) says what the pass skipped, and why; or
-  - pass default_to_baseline=True: AdamW for the parameters that lack the statistic; or
+  - pass default_to_baseline=True: {baseline} for the parameters that lack the statistic; or
   - put these parameters into a group with enforce_baseline=True."""
+
+
+# What a group lacks that comes from the state_dict of one of torch's optimizers.
+_DEFAULTS: dict[str, Any] = {
+    "graft": True,
+    "default_to_baseline": False,
+    "enforce_baseline": False,
+    "preconditioner": "mean_square",
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+}
+
+
+class Options(TypedDict, total=False):
+    """The keyword-only options of all TG optimizers."""
+
+    maximize: bool
+    foreach: bool | None
+    capturable: bool
+    differentiable: bool
+    fused: bool | None
+    default_to_adam: bool
+    preconditioner: Preconditioner
+    weight_decay_cls: WeightDecayChain | WeightDecay | None
 
 
 class Gradient(NamedTuple):
@@ -32,55 +62,104 @@ class Gradient(NamedTuple):
     num_samples: int
 
 
-class TrueGradOptimizer(torch.optim.Optimizer):
-    """A `torch.optim.Optimizer` whose groups have the options ``default_to_baseline`` and ``enforce_baseline``.
+class TrueGradOptimizer(BaseOptimizer):
+    """An optimizer that normalises by the statistic of `SUM_GRAD_SQUARED`, and has a baseline that does not.
 
-    A subclass calls `_gradients` at the start of ``step`` and changes no parameter before it has returned. Its state
-    for a parameter is `counts`, and tensors of the parameter's shape in `state_dtype`.
+    A subclass says which averages it keeps and what its betas mean; the maths is in `graphopt.optim.truegrad_update`.
     """
 
-    counts: ClassVar[frozenset[str]] = frozenset({"step", "num_statistics"})
+    _why_not_complex = "squares of per-sample gradients are defined for real ones"
+    _baseline_name: ClassVar[str]
+    _normalizes_first: ClassVar[bool] = False  # the momentum follows the normalisation
+    # Names of averages, as in `Tensors`: of both directions, of the baseline, of the per-sample direction.
+    _shared: ClassVar[tuple[str, ...]] = ()
+    _of_baseline: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
+    _per_sample: ClassVar[tuple[str, ...]] = ("exp_avg_per_sample_sq",)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients as torch does, and the statistics that belong to them."""
-        super().zero_grad(set_to_none)
-        annotations.clear(chain.from_iterable(group["params"] for group in self.param_groups))
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        betas: float | tuple[float, ...],
+        eps: float,
+        weight_decay: float,
+        graft: bool,
+        default_to_baseline: bool,
+        enforce_baseline: bool,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        default_to_adam: bool = False,
+        preconditioner: Preconditioner = "mean_square",
+        weight_decay_cls: WeightDecayChain | WeightDecay | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "graft": graft,
+            "default_to_baseline": default_to_baseline or default_to_adam,
+            "enforce_baseline": enforce_baseline,
+            "preconditioner": preconditioner,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, weight_decay_cls)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; options that it does not name take the defaults.
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for option, default in _DEFAULTS.items():
+                group.setdefault(option, default)
 
-        Raises:
-            OptionError: an option of the group is not valid.
-            UnsupportedError: a parameter is complex.
+    def check(self) -> None:
+        """Raise what ``step`` would raise about gradients and statistics; without an error this does nothing."""
+        self._gradients()
+
+    @abstractmethod
+    def _betas(self, betas: Any) -> tuple[float, float, float, float] | None:
+        """Read the option.
+
+        Returns:
+            The betas of momentum and square, of the baseline and of the per-sample direction; ``None`` where the
+            option has not the form that `_betas_form` describes.
         """
-        self._check_options({**self.defaults, **param_group})
-        if not isinstance(param_group["params"], (Tensor, set)):  # torch has an error of its own for sets
-            param_group["params"] = list(param_group["params"])
-        for param in _tensors(param_group["params"]):
-            if isinstance(param, Tensor) and param.is_complex():
-                raise UnsupportedError(
-                    f"{type(self).__name__}: a parameter of shape {tuple(param.shape)} is complex ({param.dtype}), but "
-                    "squares of per-sample gradients are defined for real ones. Make torch.view_as_real(param) the "
-                    "parameter"
-                )
-        super().add_param_group(param_group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict()`` returned. Tensors are copied, and moments keep at least float32.
+    _betas_form: ClassVar[str]
 
-        (torch casts loaded state to the parameter's dtype: a bfloat16 parameter would get bfloat16 moments.)
-        """
-        loaded: dict[str, Any] = {}
-        before = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
-        after = self.register_load_state_dict_post_hook(lambda _: self._restore_dtypes(loaded), prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
+    def _update_all(self) -> None:
+        gradients = self._gradients()
+        numbers = {id(group): self._numbers(group) for group in self.param_groups}
+        decay = self.weight_decay_cls
+        if decay is not None and decay.is_plain:
+            decay = None  # the update has it
+        updates, pulls = [], []
+        for gradient in gradients:
+            pull = None
+            if decay is not None:
+                decay.init(gradient.param, self.state[gradient.param])
+                pull = torch.empty_like(gradient.param, dtype=state_dtype(gradient.param), requires_grad=False)
+                pulls.append(pull)
+            updates.append(self._prepare(gradient, numbers[id(gradient.group)], pull))
+        runs = plan(type(self).__name__, updates)  # compiles, so it can fail: before anything is changed
+        if decay is not None and pulls:
+            params = [gradient.param for gradient in gradients]
+            torch._foreach_copy_(pulls, decay(params, [self.state[param] for param in params]))
+        counted = [update.state["step"] for update in updates if not update.is_adamw]  # torch's AdamW counts its own
+        counted += [u.state["num_statistics"] for u in updates if u.tensors.exp_avg_per_sample_sq is not None]
+        if counted:
+            torch._foreach_add_(counted, 1)
+        for run in runs:
+            run()
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        """Raise `OptionError` if an option of the group is not valid."""
         name = type(self).__name__
         if group["differentiable"]:
             raise OptionError(
@@ -94,6 +173,15 @@ class TrueGradOptimizer(torch.optim.Optimizer):
             )
         if group["fused"] and group["foreach"]:
             raise OptionError(f"{name}: fused=True and foreach=True exclude each other; pass one of them")
+        if group["preconditioner"] not in get_args(Preconditioner):
+            known = ", ".join(map(repr, get_args(Preconditioner)))
+            raise OptionError(f"{name}: preconditioner={group['preconditioner']!r}; expected one of {known}")
+        super()._check_options(group)
+        betas = self._betas(group["betas"])
+        if betas is None or not all(0.0 <= float(beta) < 1.0 for beta in betas):
+            raise OptionError(
+                f"{name}: betas={group['betas']}; expected {self._betas_form}, each at least 0 and below 1"
+            )
 
     def _gradients(self) -> list[Gradient]:
         """Every parameter that has a gradient, with its statistic.
@@ -101,6 +189,7 @@ class TrueGradOptimizer(torch.optim.Optimizer):
         Raises:
             MissingAnnotation: parameters have no statistic, in groups that need one; the text names them.
             StaleAnnotation: a gradient was changed in a way that is not a rescaling.
+            OptionError: the variance is asked for, but there are not 2 samples.
             UnsupportedError: a gradient is sparse.
         """
         gradients, missing = [], []
@@ -116,19 +205,23 @@ class TrueGradOptimizer(torch.optim.Optimizer):
                         "parameter to torch.optim.SparseAdam"
                     )
                 statistic, num_samples = None, 1
-                if not group["enforce_baseline"]:
+                if not group["enforce_baseline"] and group["preconditioner"] != "squared_mean":
                     statistic, num_samples = self._statistic(param)
                     if statistic is None and not group["default_to_baseline"]:
                         # torch.distributed.checkpoint makes a step with zero gradients before there is any statistic.
                         if grad.any():
                             missing.append(param)
                         statistic = grad.to(state_dtype(param))
-                gradients.append(Gradient(group, param, grad, statistic, num_samples))
+                    elif statistic is not None and num_samples < 2 and group["preconditioner"] == "variance":
+                        self._refuse_variance(param, num_samples)
+                # Without a count (assigned by hand, as BackPACK does) the statistic stands as it is.
+                gradients.append(Gradient(group, param, grad, statistic, num_samples or 1))
         if missing:
             names = "; ".join(self._name(param) for param in missing[:_MAX_NAMES])
             raise MissingAnnotation(
                 _MISSING.format(
                     optimizer=type(self).__name__,
+                    baseline=self._baseline_name,
                     num_missing=len(missing),
                     num_params=len(gradients),
                     key=SUM_GRAD_SQUARED.name,
@@ -144,47 +237,77 @@ class TrueGradOptimizer(torch.optim.Optimizer):
         except StaleAnnotation as error:
             raise StaleAnnotation(f"{type(self).__name__}.step(), {self._name(param)}: {error}") from error
         if statistic is None:
-            return None, 1
+            return None, 0
         if statistic.shape != param.shape or statistic.device != param.device:
             raise OptionError(
                 f"{type(self).__name__}.step(), {self._name(param)}: {SUM_GRAD_SQUARED.name} has shape "
                 f"{tuple(statistic.shape)} on {statistic.device}, expected the parameter's shape on {param.device}"
             )
-        num_samples = annotations.find(param, NUM_SAMPLES)
-        return statistic, num_samples or 1  # one that was assigned by hand (BackPACK) has no count, and stands as it is
+        return statistic, annotations.find(param, NUM_SAMPLES) or 0
 
-    def _name(self, param: Tensor) -> str:
-        """The parameter for an error: its name, if ``named_parameters`` gave one, else its place; and its shape."""
-        for group_index, group in enumerate(self.param_groups):
-            for index, candidate in enumerate(group["params"]):
-                if candidate is param:
-                    names = group.get("param_names")
-                    place = f"parameter {names[index]!r}" if names else f"parameter {index} of group {group_index}"
-                    return f"{place}, shape {tuple(param.shape)}"
-        raise AssertionError("the parameter belongs to no group")
+    def _refuse_variance(self, param: Tensor, num_samples: int) -> None:
+        found = "1 sample" if num_samples else "an unknown number of samples (num_samples was not set)"
+        raise OptionError(
+            f"{type(self).__name__}.step(), {self._name(param)}: preconditioner='variance' needs the gradients of at least "
+            f"2 samples and found {found}. Accumulate micro-batches before the step, drop the last batch if it is of one "
+            "sample (DataLoader(drop_last=True)), or pass preconditioner='mean_square'"
+        )
 
-    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for identifier, param in zip(saved, params, strict=True):
-            for name, value in state_dict["state"].get(identifier, {}).items():
-                if name in self.counts:
-                    self.state[param][name] = new_count(float(value))
-                elif isinstance(value, Tensor):
-                    self.state[param][name] = value.to(param.device, state_dtype(param), copy=True)
+    def _numbers(self, group: dict[str, Any]) -> Numbers:
+        """The options of a group, which may hold some of them as tensors."""
+        betas = self._betas(group["betas"])
+        assert betas is not None, "the options were checked"
+        numbers = (group["lr"], *betas, group["eps"], group["weight_decay"])
+        return Numbers._make([float(number) for number in numbers])
+
+    def _prepare(self, gradient: Gradient, numbers: Numbers, pull: Tensor | None) -> Update:
+        """The tensors and coefficients of one parameter's update; creates the state where there is none."""
+        group, param, grad, statistic, num_samples = gradient
+        state = self._init_state(gradient, numbers)
+        is_baseline = statistic is None and (group["enforce_baseline"] or group["preconditioner"] != "squared_mean")
+        used = self._shared + self._of_baseline + (() if is_baseline else self._per_sample)
+        num_statistics = 1.0 if is_baseline else state["num_statistics"].item() + 1
+        coefficients = make_coefficients(
+            numbers, state["step"].item() + 1, num_statistics, num_samples, self._normalizes_first, is_baseline
+        )
+        averages = [state.get(name) if name in used else None for name in AVERAGES]
+        tensors = Tensors(param, grad, statistic, pull, *averages)
+        flat = tensors.flat()
+        return Update(group, state, tensors if flat is None else flat, flat is not None, coefficients)
+
+    def _init_state(self, gradient: Gradient, numbers: Numbers) -> dict[str, Any]:
+        # Which entries there are depends on the options alone, not on whether a statistic has arrived yet: a checkpoint
+        # is loaded into the entries of a fresh optimizer.
+        group, param = gradient.group, gradient.param
+        state: dict[str, Any] = self.state[param]
+        if "step" not in state:
+            state["step"] = new_count()
+        for name in self._shared:
+            if name not in state:
+                state[name] = _zeros(param)
+        if group["graft"] or group["default_to_baseline"] or group["enforce_baseline"]:
+            new = [name for name in self._of_baseline if name not in state]
+            for name in new:
+                state[name] = _zeros(param)
+            if new and state["step"] > 0:  # grafting was switched on later
+                _start_late(state, gradient, numbers)
+        if not group["enforce_baseline"] and any(name not in state for name in self._per_sample):
+            for name in self._per_sample:
+                state[name] = _zeros(param)
+            state["num_statistics"] = new_count()
+        return state
 
 
-def state_dtype(param: Tensor) -> torch.dtype:
-    """The dtype of moments: the parameter's, at least float32."""
-    return torch.promote_types(param.dtype, torch.float32)
+def _zeros(param: Tensor) -> Tensor:
+    return torch.zeros_like(param, dtype=state_dtype(param), requires_grad=False)
 
 
-def new_count(value: float = 0.0) -> Tensor:
-    """A count in the state: shape (), float32, on the CPU, like torch's ``step``."""
-    return torch.tensor(value, dtype=torch.float32, device="cpu")
-
-
-def _tensors(params: Iterable[Any]) -> Iterator[Any]:
-    """The tensors of a group: one tensor, tensors, or pairs of a name and a tensor."""
-    for entry in [params] if isinstance(params, Tensor) else params:
-        yield entry[1] if isinstance(entry, tuple) else entry
+def _start_late(state: dict[str, Any], gradient: Gradient, numbers: Numbers) -> None:
+    """Fill the averages of the baseline as if the gradient had always been this one."""
+    grad = gradient.grad.to(state["exp_avg_sq"].dtype)
+    num_steps = state["step"].item()
+    state["exp_avg_sq"].copy_(grad.square()).mul_(1 - numbers.beta_sq**num_steps)
+    if "exp_avg_normalized" in state:
+        ascent = -grad if gradient.group["maximize"] else grad
+        normalized = ascent / ascent.abs().clamp_(min=numbers.eps)
+        state["exp_avg_normalized"].copy_(normalized).mul_(1 - numbers.beta**num_steps)

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from graphopt import annotations
 from graphopt.annotations import SUM_GRAD_SQUARED
 from graphopt.errors import MissingAnnotation, OptionError, StaleAnnotation, UnsupportedError
-from graphopt.optim import TGAdamW, tgadamw, tgadamw_update
+from graphopt.optim import TGAdamW, tgadamw, truegrad_update
 
 SHAPES = [(), (1,), (3,), (3,), (4, 3), (5, 1, 2), (0, 4)]
 KERNEL_SHAPES = [(97, 50), (4097,)]  # large enough for a compiled kernel
@@ -25,7 +25,7 @@ WAYS = [{"foreach": False}, {"foreach": True}, {"fused": True}]
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_kernels_from_elsewhere():
-    tgadamw_update._compile_kernels.cache_clear()
+    truegrad_update._compile_kernels.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -259,7 +259,7 @@ def test_grafting_can_be_switched_on_later():
 
 @pytest.mark.parametrize("graft", [True, False])
 def test_large_tensors_are_updated_block_by_block(graft, monkeypatch):
-    monkeypatch.setattr(tgadamw_update, "_BLOCK", 16)
+    monkeypatch.setattr(truegrad_update, "_BLOCK", 16)
     params = make_params([(7, 19), (33,), (3, 5, 7)])
     references = [Reference(p.detach(), graft=graft) for p in params]
     optimizer = TGAdamW(params, graft=graft, foreach=False)
@@ -843,15 +843,15 @@ def test_nothing_is_compiled_twice():
 
 def test_large_models_are_compiled_unasked(monkeypatch):
     calls = []
-    original = tgadamw_update._run_compiled
+    original = truegrad_update._run_compiled
     monkeypatch.setattr(
-        tgadamw_update, "_run_compiled", lambda batch, kernels: (calls.append(len(batch)), original(batch, kernels))
+        truegrad_update, "_run_compiled", lambda batch, kernels: (calls.append(len(batch)), original(batch, kernels))
     )
     params = make_params([(5000,), (5000,), (7,)])
     optimizer = TGAdamW(params)
     train(optimizer, params, [0])
     assert calls == []
-    monkeypatch.setattr(tgadamw_update, "_COMPILE_FROM", 10_000)
+    monkeypatch.setattr(truegrad_update, "_COMPILE_FROM", 10_000)
     train(optimizer, params, [1])
     assert calls == [2]
     optimizer.param_groups[0]["foreach"] = False
@@ -863,9 +863,9 @@ def test_without_a_compiler(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no compiler here")
 
-    monkeypatch.setattr(tgadamw_update, "compile_flat", fail)
-    monkeypatch.setattr(tgadamw_update, "_COMPILE_FROM", 0)
-    tgadamw_update._compile_kernels.cache_clear()
+    monkeypatch.setattr(truegrad_update, "compile_flat", fail)
+    monkeypatch.setattr(truegrad_update, "_COMPILE_FROM", 0)
+    truegrad_update._compile_kernels.cache_clear()
     params = make_params([(5000,), (7,)])
     reference = Reference(params[0].detach())
     set_gradients(params, 0)
@@ -880,7 +880,7 @@ def test_without_a_compiler(monkeypatch):
     with pytest.warns(UserWarning, match=text):
         TGAdamW(params).step()
     assert largest_difference(params[:1], [reference.theta]) < 1e-12
-    tgadamw_update._compile_kernels.cache_clear()
+    truegrad_update._compile_kernels.cache_clear()
 
 
 def test_step_inside_torch_compile():
@@ -896,5 +896,5 @@ def test_step_inside_torch_compile():
 
 
 def test_docstring():
-    assert doctest.testmod(tgadamw) == (0, 7)
+    assert doctest.testmod(tgadamw) == (0, 8)
     assert re.search(r"scale of the statistic", TGAdamW.__doc__)
