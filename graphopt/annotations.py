@@ -14,7 +14,7 @@ How it works: one `_Record` for each parameter, in a table keyed by identity and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from graphopt.errors import MissingAnnotation, StaleAnnotation
+from graphopt import _compat
+from graphopt.errors import MissingAnnotation, OptionError, StaleAnnotation
 
 Value = TypeVar("Value")
 
@@ -42,6 +43,8 @@ class Key(Generic[Value]):
         unit: the value's unit in terms of the gradient's.
         provider: what to run in order to get it.
         doc: the definition, in one sentence.
+        degree: the value is multiplied by ``|c| ** degree`` when the gradient is multiplied by ``c``.
+        derive: computes the value from others, for keys that no pass publishes.
     """
 
     name: str
@@ -49,6 +52,8 @@ class Key(Generic[Value]):
     unit: str
     provider: str
     doc: str
+    degree: int = 0
+    derive: Callable[[Tensor], Value | None] | None = None
 
 
 SUM_GRAD_SQUARED: Key[Tensor] = Key(
@@ -57,6 +62,7 @@ SUM_GRAD_SQUARED: Key[Tensor] = Key(
     unit="gradient squared",
     provider="the pass TrueGrad: graphopt.transform(model)",
     doc="With g_n sample n's contribution to p.grad (the g_n add up to p.grad): the sum over n of g_n squared.",
+    degree=2,
 )
 NUM_SAMPLES: Key[int] = Key(
     name="num_samples",
@@ -65,7 +71,65 @@ NUM_SAMPLES: Key[int] = Key(
     provider="the pass TrueGrad: graphopt.transform(model)",
     doc="How many samples entered p.grad and p.sum_grad_squared since they were last cleared.",
 )
-KEYS: tuple[Key[Any], ...] = (SUM_GRAD_SQUARED, NUM_SAMPLES)
+SAMPLE_GRAD_NORM: Key[Tensor] = Key(
+    name="sample_grad_norm",
+    shape="(num_samples,), in the order of the samples; float32, or float64 for float64 parameters",
+    unit="gradient",
+    provider='TrueGrad(statistics=("sum_grad_squared", "sample_grad_norm"))',
+    doc="The Euclidean norm of each sample's contribution to p.grad.",
+    degree=1,
+)
+SUM_POSITION_GRAD_SQUARED: Key[Tensor] = Key(
+    name="sum_position_grad_squared",
+    shape="that of the parameter; float32, or float64 for float64 parameters",
+    unit="gradient squared",
+    provider='TrueGrad(statistics=("sum_grad_squared", "sum_position_grad_squared"))',
+    doc="The sum over samples and positions of the squared contribution of each position at which the parameter is applied.",
+    degree=2,
+)
+
+
+def _grad_variance(param: Tensor) -> Tensor | None:
+    squares, num = find(param, SUM_GRAD_SQUARED), find(param, NUM_SAMPLES)
+    if squares is None or num is None or param.grad is None:
+        return None
+    return (num * squares - param.grad.to(squares.dtype).square()).clamp_(min=0)
+
+
+def _grad_snr(param: Tensor) -> Tensor | None:
+    variance = _grad_variance(param)
+    if variance is None or param.grad is None:
+        return None
+    return torch.nan_to_num(param.grad.to(variance.dtype).square() / variance, nan=0.0, posinf=torch.inf)
+
+
+GRAD_VARIANCE: Key[Tensor] = Key(
+    name="grad_variance",
+    shape="that of the parameter; float32, or float64 for float64 parameters",
+    unit="gradient squared",
+    provider=SUM_GRAD_SQUARED.provider,
+    doc="The variance over samples of the per-sample gradients h_n = num_samples * g_n, whose mean is p.grad: "
+    "num_samples * sum_grad_squared - grad**2, not below 0.",
+    degree=2,
+    derive=_grad_variance,
+)
+GRAD_SNR: Key[Tensor] = Key(
+    name="grad_snr",
+    shape="that of the parameter; float32, or float64 for float64 parameters",
+    unit="none",
+    provider=SUM_GRAD_SQUARED.provider,
+    doc="Gradient signal-to-noise ratio: grad**2 / grad_variance (Liu et al., arXiv:2001.07384, 2020, equation 1); infinite "
+    "where all samples agree, 0 where the gradient is 0.",
+    derive=_grad_snr,
+)
+KEYS: tuple[Key[Any], ...] = (
+    SUM_GRAD_SQUARED,
+    NUM_SAMPLES,
+    SAMPLE_GRAD_NORM,
+    SUM_POSITION_GRAD_SQUARED,
+    GRAD_VARIANCE,
+    GRAD_SNR,
+)
 
 
 @dataclass
@@ -76,6 +140,7 @@ class _Record:
     probes: Tensor | None = None  # entries of p.grad when the values were published
     norm: Tensor | None = None  # Euclidean norm of p.grad then, where the probes say nothing (all zero)
     on_clear: Callable[[], None] | None = None  # lets the runtime drop its own reference to the statistic
+    on_rescale: Callable[[Tensor], None] | None = None  # lets the runtime rescale what it has not published yet
     problem: str | None = None  # why the values must not be used
 
 
@@ -107,6 +172,8 @@ def get(param: Tensor, key: Key[Value]) -> Value:
 
 def find(param: Tensor, key: Key[Value]) -> Value | None:
     """Like `get`, but ``None`` where nothing is published."""
+    if key.derive is not None:
+        return key.derive(param)
     reconcile([param])
     record = cast("_Record | None", _records.get(param))
     if record is None or key.name not in record.values:
@@ -121,7 +188,9 @@ def publish(
     sum_grad_squared: Tensor,
     num_samples: int,
     *,
+    others: Mapping[Key[Any], Tensor] | None = None,
     on_clear: Callable[[], None] | None = None,
+    on_rescale: Callable[[Tensor], None] | None = None,
     problem: str | None = None,
 ) -> None:
     """Attach the statistics of the gradient that ``param.grad`` holds now.
@@ -130,11 +199,15 @@ def publish(
         param: the parameter; its ``grad`` must be set.
         sum_grad_squared: shape of ``param``; kept by reference.
         num_samples: samples that entered ``param.grad``.
+        others: values of further keys.
         on_clear: called once when the statistic is forgotten.
+        on_rescale: called with ``c``, shape (), whenever ``param.grad`` is found rescaled by it.
         problem: if given, why the values must not be used; reading them raises it.
     """
-    record = _Record({SUM_GRAD_SQUARED.name: sum_grad_squared, NUM_SAMPLES.name: num_samples}, on_clear=on_clear)
-    record.problem = problem
+    values = {SUM_GRAD_SQUARED.name: sum_grad_squared, NUM_SAMPLES.name: num_samples}
+    values |= {key.name: value for key, value in (others or {}).items()}
+    record = _Record(values, on_clear=on_clear)
+    record.on_rescale, record.problem = on_rescale, problem
     record.probes, record.norm = _fingerprint(param.grad)
     _records[param] = record
 
@@ -150,8 +223,8 @@ def clear(params: Iterable[Tensor]) -> None:
 def reconcile(params: Iterable[Tensor]) -> None:
     """Bring the statistics of many parameters up to date with their gradients, with one synchronisation for all.
 
-    A gradient that is gone, or zero where it was not, clears its statistics; one that was rescaled by ``c`` rescales the sum
-    of squares by ``c**2`` in place.
+    A gradient that is gone, or zero where it was not, clears its statistics; one that was rescaled by ``c`` rescales each of
+    them by ``|c|`` to the power of its degree (2 for squares), in place.
 
     Raises:
         StaleAnnotation: a gradient was changed in another way. Its statistic stays unusable until it is cleared.
@@ -173,6 +246,27 @@ def reconcile(params: Iterable[Tensor]) -> None:
         _follow(param, record)
 
 
+def sample_grad_norms(params: Iterable[Tensor]) -> Tensor:
+    """The Euclidean norm of each sample's gradient over several parameters, (num_samples,).
+
+    Args:
+        params: parameters whose `SAMPLE_GRAD_NORM` is published; those without a gradient are left out.
+
+    Raises:
+        MissingAnnotation: a parameter has a gradient but no norms.
+        OptionError: the parameters met different numbers of samples.
+    """
+    norms = [get(param, SAMPLE_GRAD_NORM) for param in params if param.grad is not None]
+    if not norms:
+        raise MissingAnnotation("none of these parameters has a gradient; call this between backward() and zero_grad()")
+    if len({len(norm) for norm in norms}) > 1:
+        raise OptionError(
+            f"these parameters met different numbers of samples ({sorted({len(norm) for norm in norms})}), so their norms do not "
+            "belong to the same samples; pass parameters of one branch at a time"
+        )
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), dim=0)
+
+
 def expose() -> None:
     """Make the annotations readable as attributes of ``torch.nn.Parameter``; idempotent.
 
@@ -192,6 +286,8 @@ def _attribute(key: Key[Any]) -> property:
         return value
 
     def write(param: Tensor, value: Any) -> None:
+        if key.derive is not None:
+            raise AttributeError(f"{key.name} is computed from other annotations and cannot be assigned")
         record = cast("_Record | None", _records.get(param))
         if record is None:
             record = _Record()
@@ -214,14 +310,15 @@ def _fingerprint(grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _probe(grad: Tensor) -> Tensor:
-    """Entries at regular distances; a view where the gradient allows it."""
+    """Entries at regular distances; a view where the gradient allows it. Of a sharded gradient, this process's part."""
+    grad = _compat.local_part(grad)
     flat = grad.detach().reshape(-1) if grad.is_contiguous() else grad.detach().transpose(0, -1).reshape(-1)
     return flat[:: max(1, flat.numel() // _NUM_PROBES)]
 
 
 def _norm(grad: Tensor) -> Tensor:
     wide = torch.promote_types(grad.dtype, torch.float32)
-    return cast(Tensor, torch.linalg.vector_norm(grad.detach(), dtype=wide))
+    return cast(Tensor, torch.linalg.vector_norm(_compat.local_part(grad).detach(), dtype=wide))
 
 
 def _follow(param: Tensor, record: _Record) -> None:
@@ -246,7 +343,10 @@ def _follow(param: Tensor, record: _Record) -> None:
             "optimizer, or call zero_grad() first"
         )
         raise StaleAnnotation(record.problem)
-    statistic = record.values.get(SUM_GRAD_SQUARED.name)
-    if statistic is not None:
-        statistic.mul_((factor * factor).to(statistic.dtype))
+    for key in KEYS:
+        value = record.values.get(key.name)
+        if key.degree and value is not None:
+            _compat.local_part(value).mul_(factor.abs().pow(key.degree).to(value.dtype))
+    if record.on_rescale is not None:
+        record.on_rescale(factor)
     record.probes, record.norm = _fingerprint(param.grad)

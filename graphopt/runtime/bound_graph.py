@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from graphopt import _compat
-from graphopt.annotations import expose
+from graphopt.annotations import SAMPLE_GRAD_NORM, expose
 from graphopt.capture import CapturedGraph, InputKind, set_sample_axis
-from graphopt.runtime.statistics import Statistic, enter_backward
+from graphopt.runtime.statistics import Entry, Statistic, enter_backward
 
 
 class BoundGraph:
@@ -28,11 +28,16 @@ class BoundGraph:
         name_call: Callable[[], str] | None = None,
     ) -> None:
         identity = _compat.CompileContext.current_compile_id()
-        frame = str(getattr(identity, "frame_id", identity))  # the same for recompilations, another behind a graph break
+        frame = str(
+            getattr(identity, "frame_id", identity)
+        )  # the same for recompilations, another behind a graph break
         self._name_call = name_call or (lambda: frame)  # contributions from calls of one name are added before squaring
         companions = [described for described in graph.inputs if described.kind is InputKind.COMPANION]
-        self._params = [described.companion_of for described in companions if described.companion_of is not None]
-        self._counts = [_evaluator(described.num_samples, graph) for described in companions]
+        self._companions = [
+            (described.companion_of, described.annotation, _evaluator(described.num_samples, graph))
+            for described in companions
+            if described.companion_of is not None and described.annotation is not None
+        ]
         self._output_axes = graph.output_sample_axes
         if companions:
             expose()
@@ -41,10 +46,7 @@ class BoundGraph:
     def __call__(self, *args: Any) -> Any:
         """Run the graph on Dynamo's flat arguments."""
         BoundGraph.num_calls += 1
-        statistics = [Statistic.of(args[position]) for position in self._params]
-        for statistic in statistics:
-            statistic.forget_if_cleared()
-        companions = [statistic.companion for statistic in statistics]
+        companions, entries = self._bind(args)
         if _compat.is_any_autocast_enabled():
             with _compat.disable_autocast():
                 outputs = self._compiled(*args, *companions)
@@ -52,17 +54,34 @@ class BoundGraph:
             outputs = self._compiled(*args, *companions)
         if self._output_axes is not None:
             self._tag(outputs)
-        if statistics and torch.is_grad_enabled():
-            self._await_backward(statistics, args, outputs)
+        if entries and torch.is_grad_enabled():
+            self._await_backward(entries, outputs)
         return outputs
 
-    def _await_backward(self, statistics: Sequence[Statistic], args: Sequence[Any], outputs: Sequence[Any]) -> None:
+    def _bind(self, args: Sequence[Any]) -> tuple[list[Tensor], list[Entry]]:
+        """The companions in order, and what is to be told about each parameter when backward comes."""
+        companions: list[Tensor] = []
+        entries: dict[int, Entry] = {}
+        for position, key, count in self._companions:
+            num_samples = count(args)
+            if position in entries:
+                statistic = entries[position].statistic
+            else:
+                statistic = Statistic.of(args[position])
+                statistic.forget_if_cleared()
+                entries[position] = Entry(statistic, num_samples, None)
+            companions.append(statistic.companion_of(key, num_samples))
+            if key is SAMPLE_GRAD_NORM:
+                entries[position] = Entry(statistic, num_samples, companions[-1])
+        return companions, list(entries.values())
+
+    def _await_backward(self, entries: Sequence[Entry], outputs: Sequence[Any]) -> None:
         differentiable = [value for value in outputs if isinstance(value, Tensor) and value.requires_grad]
         if not differentiable:
             return
-        counts, frame = [count(args) for count in self._counts], self._name_call()
+        frame, call = self._name_call(), BoundGraph.num_calls
         torch.autograd.graph.register_multi_grad_hook(
-            differentiable, lambda _: enter_backward(statistics, counts, frame), mode="any"
+            differentiable, lambda _: enter_backward(entries, frame, call), mode="any"
         )
 
     def _tag(self, outputs: Sequence[Any]) -> None:

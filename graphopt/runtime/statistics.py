@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from graphopt import _compat
-from graphopt.annotations import clear, publish, reconcile
+from graphopt.annotations import SAMPLE_GRAD_NORM, SUM_POSITION_GRAD_SQUARED, Key, clear, publish, reconcile
 
 EAGER_CALL = "graphopt.nn: "  # how the names of calls begin that were not captured together with the rest of the model
 
@@ -43,6 +43,9 @@ class Statistic:
         self._frames: set[str] = set()
         self._grad_before: tuple[Tensor | None, int] = (None, 0)
         self._problem: str | None = None
+        self._positions: Tensor | None = None  # companion of SUM_POSITION_GRAD_SQUARED, made when it is asked for
+        self._norms: Tensor | None = None  # SAMPLE_GRAD_NORM of what has been published
+        self._entered_norms: list[tuple[int, Tensor]] = []  # number of the call, and its companion
 
     @classmethod
     def of(cls, param: Tensor) -> Statistic:
@@ -60,19 +63,33 @@ class Statistic:
             clear([param])
             self._reset()
 
-    def enter(self, task: int, num_samples: int, frame: str) -> None:
+    def companion_of(self, key: Key[Any], num_samples: int) -> Tensor:
+        """The leaf that receives one statistic; for norms a new one at each call, since they are joined, not added."""
+        param = self._param()
+        assert param is not None
+        if key is SAMPLE_GRAD_NORM:
+            return torch.zeros((), dtype=self.companion.dtype, device=param.device).expand(num_samples).requires_grad_()
+        if key is SUM_POSITION_GRAD_SQUARED:
+            if self._positions is None:
+                self._positions = _companion(param)
+            return self._positions
+        return self.companion
+
+    def enter(self, task: int, num_samples: int, frame: str, call: int = 0, norms: Tensor | None = None) -> None:
         """A backward pass reaches a graph that uses the parameter, with gradients for ``num_samples`` samples."""
         param = self._param()
         if param is None:
             return
         if task != self._task:
-            self._task, self._entered, self._frames = task, 0, set()
+            self._task, self._entered, self._frames, self._entered_norms = task, 0, set(), []
             self._begin(param)
             grad = self.companion.grad
             self._grad_before = (grad, grad._version if grad is not None else 0)
             _running.setdefault(task, []).append(self)
         self._entered += num_samples
         self._frames.add(frame)
+        if norms is not None:
+            self._entered_norms.append((call, norms))
 
     def leave(self, task: int) -> None:
         """The backward pass has ended: publish what it added, unless it asked for other gradients than this one."""
@@ -109,8 +126,29 @@ class Statistic:
     def _publish(self, param: Tensor, value: Tensor | None, num_samples: int) -> None:
         assert value is not None
         publish(
-            param, value, num_samples, on_clear=self._reset, on_rescale=self._rescale_parts, problem=self._problem
+            param,
+            value,
+            num_samples,
+            others=self._others(),
+            on_clear=self._reset,
+            on_rescale=self._rescale_parts,
+            problem=self._problem,
         )
+
+    def _others(self) -> dict[Key[Any], Tensor]:
+        """The further statistics that were asked for."""
+        found: dict[Key[Any], Tensor] = {}
+        if self._positions is not None and self._positions.grad is not None:
+            found[SUM_POSITION_GRAD_SQUARED] = self._positions.grad
+        parts = [] if self._norms is None else [self._norms]
+        for _, leaf in sorted(self._entered_norms, key=lambda entry: entry[0]):
+            squared = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            parts.append(squared.detach().clamp(min=0).sqrt())  # cancellation may leave a squared norm just below 0
+            leaf.grad = None
+        self._entered_norms = []
+        if parts:
+            found[SAMPLE_GRAD_NORM] = self._norms = torch.cat(parts)
+        return found
 
     def _rescale_parts(self, factor: Tensor) -> None:
         """``p.grad`` was rescaled by ``factor``, and what is published by its square: so must be what is kept beside it."""
@@ -119,16 +157,33 @@ class Statistic:
         self.companion.grad = None
         self.num_samples = 0
         self._problem = None
+        self._norms, self._entered_norms = None, []
+        if self._positions is not None:
+            self._positions.grad = None
 
 
-def enter_backward(statistics: Iterable[Statistic], num_samples: Iterable[int], frame: str) -> None:
-    """Called inside a backward pass, before the first gradient reaches the companions."""
+class Entry(NamedTuple):
+    """One parameter in one call of a graph."""
+
+    statistic: Statistic
+    num_samples: int
+    norms: Tensor | None  # the companion that receives the norms of this call's samples
+
+
+def enter_backward(entries: Iterable[Entry], frame: str, call: int) -> None:
+    """Called inside a backward pass, before the first gradient reaches the companions.
+
+    Args:
+        entries: the parameters that have companions.
+        frame: contributions from calls of one name are added before squaring.
+        call: number of the call, which orders the norms.
+    """
     task = _compat.current_graph_task()
     if task not in _running:
         _running[task] = []
         _compat.call_after_backward(lambda: _leave_backward(task))
-    for statistic, count in zip(statistics, num_samples, strict=True):
-        statistic.enter(task, count, frame)
+    for entry in entries:
+        entry.statistic.enter(task, entry.num_samples, frame, call, entry.norms)
 
 
 def _leave_backward(task: int) -> None:

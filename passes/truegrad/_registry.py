@@ -49,18 +49,27 @@ class ClosedForm:
 
 
 class Context(Protocol):
-    """What a rule may ask."""
+    """What a rule may ask.
+
+    Attributes:
+        editor: writes into the graph.
+        uses: where each parameter meets samples.
+        per_token: whether every position counts as a sample of its own.
+        square_dtype: dtype in which squares are multiplied; ``None`` for the gradient's own.
+        wanted: the statistics that operators compute, such as ``"square,norm"`` (`graphopt.passes.truegrad.ops.statistics`).
+    """
 
     editor: Editor
     uses: Uses
     per_token: bool
     square_dtype: Any
+    wanted: str
 
     def layout(self, node: Any) -> Layout:
         """Where the samples are in a value."""
 
-    def companion(self, value: Node) -> Node:
-        """The companion of the parameter that ``value`` is a view of, seen through the same views."""
+    def companions(self, value: Node) -> list[Node]:
+        """The companions of the parameter that ``value`` is a view of, through the same views, in the order of ``wanted``."""
 
     def batched(self, value: Node, like: Node) -> Node:
         """``value`` with one row for each sample, shaped so that it broadcasts against ``like``."""

@@ -13,11 +13,19 @@ from torch import Tensor
 from torch.fx import Node
 
 from graphopt import _compat
-from graphopt.annotations import SUM_GRAD_SQUARED
+from graphopt.annotations import SAMPLE_GRAD_NORM, SUM_GRAD_SQUARED, SUM_POSITION_GRAD_SQUARED, Key
 from graphopt.capture import CapturedGraph, Input, InputKind
+from graphopt.passes.truegrad.ops.statistics import NORM, POSITION, SQUARE
 from graphopt.passes.truegrad.sample_axis import SampleAxis, Size, shape_of, size_of
 
 aten = torch.ops.aten
+
+# What operators call the statistics that they compute (`graphopt.passes.truegrad.ops.statistics`).
+OPERATOR_NAMES: dict[Key[Any], str] = {
+    SUM_GRAD_SQUARED: SQUARE,
+    SAMPLE_GRAD_NORM: NORM,
+    SUM_POSITION_GRAD_SQUARED: POSITION,
+}
 
 
 class Editor:
@@ -71,28 +79,29 @@ class Editor:
                 self._detached[node] = self.call(aten.detach.default, node)
         return self._detached[node]
 
-    def companion(self, param: Node, num_samples: Size) -> Node:
-        """The companion input of a parameter, added at its first use."""
+    def companion(self, param: Node, key: Key[Any], num_samples: Size) -> Node:
+        """The companion input of a parameter that receives one statistic, added at its first use."""
         position = self.captured.placeholders.index(param)
         for node, described in zip(self.captured.placeholders, self.captured.inputs, strict=True):
-            if described.companion_of == position:
+            if described.companion_of == position and described.annotation is key:
                 return node
         value = cast(Tensor, param.meta["val"])
         dtype = torch.promote_types(value.dtype, torch.float32)
+        shape = [self._value(num_samples)] if key is SAMPLE_GRAD_NORM else value.shape
         with self.graph.inserting_after(self._last_placeholder):
-            node = self._last_placeholder = self.graph.placeholder(f"{param.name}_sq")
+            node = self._last_placeholder = self.graph.placeholder(f"{param.name}_{OPERATOR_NAMES[key]}")
         with self.captured.fake_mode:
-            leaf = torch.zeros((), dtype=dtype, device=value.device).expand(value.shape)
+            leaf = torch.zeros((), dtype=dtype, device=value.device).expand(shape)
             node.meta["val"] = leaf
             self.captured.fake_inputs.append(leaf.detach().requires_grad_())
         described = self.captured.inputs[position]
         self.captured.inputs.append(
             Input(
                 InputKind.COMPANION,
-                f"{described.name}.{SUM_GRAD_SQUARED.name}",
+                f"{described.name}.{key.name}",
                 requires_grad=True,
                 companion_of=position,
-                annotation=SUM_GRAD_SQUARED,
+                annotation=key,
                 num_samples=num_samples,
             )
         )
@@ -120,6 +129,10 @@ class Editor:
         if size not in self._sizes:
             self._sizes[size] = self._symbol(size) if size.is_Symbol else self._expression(size)
         return self._sizes[size]
+
+    def _value(self, size: Size) -> Any:
+        node = self.size(size)
+        return node.meta["val"] if isinstance(node, Node) else node
 
     def inline(self, function: Callable[..., Any], *args: Node) -> Any:
         """Trace ``function`` over the nodes' values and insert what it does; returns nodes in the function's structure."""

@@ -9,6 +9,7 @@ the parameter and the samples is applied to all of them at once.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch.func import jvp, vmap
 from torch.fx import Node
 
 from graphopt import _compat
+from graphopt.annotations import SAMPLE_GRAD_NORM, SUM_GRAD_SQUARED, SUM_POSITION_GRAD_SQUARED, Key
 from graphopt.capture import CapturedGraph
 from graphopt.inspect.location import describe, operator_name
 from graphopt.passes.truegrad import (
@@ -24,7 +26,7 @@ from graphopt.passes.truegrad import (
     rules,  # noqa: F401  registers the rules
 )
 from graphopt.passes.truegrad._registry import ClosedForm, Declined, Refused, batched_rules, closed_rules
-from graphopt.passes.truegrad.editor import Editor
+from graphopt.passes.truegrad.editor import OPERATOR_NAMES, Editor
 from graphopt.passes.truegrad.rules.embedding import check as check_embedding
 from graphopt.passes.truegrad.rules.tied_embedding import is_tied_embedding, rewrite_tied_embedding
 from graphopt.passes.truegrad.sample_axis import Free, Layout, Layouts, Lost, SampleAxis, Size, is_pointwise, shape_of
@@ -44,6 +46,11 @@ _BROADCASTING = frozenset(
     ]
 )
 
+_NO_POSITIONS = (
+    "squares of single positions (sum_position_grad_squared) are not defined for a parameter that is computed with before it "
+    "meets samples, or used in several products"
+)
+
 
 def _weight_norm(direction: Tensor, length: Tensor, dim: int = 0) -> Tensor:
     others = [axis for axis in range(direction.dim()) if axis != dim]
@@ -59,12 +66,21 @@ class Rewriter:
     """The state of one rewrite; what rules see of it is `_registry.Context`."""
 
     def __init__(
-        self, graph: CapturedGraph, layouts: Layouts, uses: Uses, *, per_token: bool, square_dtype: torch.dtype | None
+        self,
+        graph: CapturedGraph,
+        layouts: Layouts,
+        uses: Uses,
+        *,
+        statistics: Sequence[Key[Any]] = (SUM_GRAD_SQUARED,),
+        per_token: bool = False,
+        square_dtype: torch.dtype | None = None,
     ) -> None:
         self.graph = graph
         self.editor = Editor(graph)
         self.layouts = layouts
         self.uses = uses
+        self.statistics = tuple(statistics)
+        self.wanted = ",".join(OPERATOR_NAMES[key] for key in statistics)
         self.per_token = per_token
         self.square_dtype = square_dtype
         self.coverage: dict[Node, Coverage] = {}
@@ -86,14 +102,22 @@ class Rewriter:
         assert isinstance(layout, SampleAxis), describe(node)
         return layout
 
-    def companion(self, value: Node) -> Node:
-        """The companion of the parameter that ``value`` is a view of, seen through the same views."""
+    def companions(self, value: Node) -> list[Node]:
+        """The companions of the parameter that ``value`` is a view of, through the same views, in the order of ``wanted``."""
+        return [self._companion(value, key) for key in self.statistics]
+
+    def _companion(self, value: Node, key: Key[Any]) -> Node:
         chain = (self.uses.selections if self.per_token else self.uses.views)[value]
-        companion = self.editor.companion(chain.root, self._count(chain.root))
-        return self.editor.replay(chain.root, chain.steps, companion)
+        companion = self.editor.companion(chain.root, key, self._count(chain.root))
+        return companion if key is SAMPLE_GRAD_NORM else self.editor.replay(chain.root, chain.steps, companion)
 
     def tangent(self, value: Node) -> Node:
         """(N, *value.shape): where the per-sample gradients of ``value`` arrive."""
+        if SUM_POSITION_GRAD_SQUARED in self.statistics:
+            raise _Unserved(_NO_POSITIONS)
+        return self._tangent(value)
+
+    def _tangent(self, value: Node) -> Node:
         if value not in self._tangents:
             with self.editor.after(value):
                 self._tangents[value] = self._make_tangent(value)
@@ -105,7 +129,8 @@ class Rewriter:
         editor, ndim = self.editor, like.meta["val"].ndim
         if self.per_token:
             sizes = [editor.size(size) for size in _sizes(like)]
-            return editor.call(torch.ops.graphopt.per_position.default, value, self.companion(value), sizes)
+            companion = self._companion(value, SUM_GRAD_SQUARED)
+            return editor.call(torch.ops.graphopt.per_position.default, value, companion, sizes)
         missing = ndim - value.meta["val"].ndim
         shape: list[Any] = [1] * missing + [editor.size(size) for size in _sizes(value)]
         if shape[layout.axis] != 1:
@@ -113,7 +138,7 @@ class Rewriter:
         own = editor.call(aten.reshape.default, editor.detached(value), shape) if missing else editor.detached(value)
         rows = list(editor.rows(layout))
         before, behind = shape[: layout.axis], shape[layout.axis + 1 :]
-        tangent = self.tangent(value)
+        tangent = self._tangent(value)
         tangent = editor.call(aten.reshape.default, tangent, [rows[1], *before, *behind])
         tangent = editor.call(aten.movedim.int, tangent, 0, layout.axis)
         if not layout.is_plain:
@@ -126,7 +151,16 @@ class Rewriter:
             own = editor.call(aten.expand.default, own, [*before, total, *behind])
         else:
             own = editor.call(aten.expand.default, own, [*before, rows[1], *behind])
-        return editor.call(torch.ops.graphopt.with_tangent.default, own, tangent)
+        result = editor.call(torch.ops.graphopt.with_tangent.default, own, tangent)
+        if SUM_POSITION_GRAD_SQUARED not in self.statistics:
+            return result
+        if value not in self.uses.views:
+            raise _Unserved(_NO_POSITIONS)
+        sizes = [editor.size(size) for size in _sizes(like)]
+        companion = self._companion(value, SUM_POSITION_GRAD_SQUARED)
+        squares = editor.call(torch.ops.graphopt.position_squares.default, companion, editor.detached(value), sizes)
+        wide = editor.call(aten.expand.default, result, sizes)
+        return editor.call(torch.ops.graphopt.with_tangent.default, wide, squares)
 
     def replace(self, old: Node, new: Node) -> None:
         """Let ``new`` take the place of ``old``; its samples lie where those of ``old`` did."""
@@ -279,7 +313,10 @@ class Rewriter:
         editor = self.editor
         if value in self._nums:
             num = editor.size(self._nums[value])
-            return editor.call(torch.ops.graphopt.per_sample.default, value, self.companion(value), num)
+            keys = [key for key in self.statistics if key is not SUM_POSITION_GRAD_SQUARED]
+            companions = [self._companion(value, key) for key in keys]
+            wanted = ",".join(OPERATOR_NAMES[key] for key in keys)
+            return editor.call(torch.ops.graphopt.per_sample.default, value, companions, wanted, num)
         if (
             value.target is aten.embedding.default
             and value.args[0] in self._nums
@@ -288,7 +325,7 @@ class Rewriter:
             return self._lookup_tangent(value)
         arguments = [a for a in value.all_input_nodes if isinstance(a.meta.get("val"), Tensor | list | tuple)]
         moving = [a for a in arguments if a in self.uses.params]
-        tangents = [self.tangent(a) for a in moving]
+        tangents = [self._tangent(a) for a in moving]
         fixed = [editor.detached(a) for a in arguments]
 
         def one(primals: tuple[Any, ...], directions: tuple[Any, ...]) -> Any:
@@ -322,8 +359,8 @@ class Rewriter:
         num = editor.size(self._nums[table])
         sizes = [editor.size(size) for size in _sizes(indices)]
         each = editor.call(aten.expand.default, indices, [num, *sizes])
-        tail = (each, padding_idx, 0, 1, num, 1, False)
-        return editor.call(torch.ops.graphopt.embedding.default, table, self.companion(table), *tail)
+        tail = (self.wanted, each, padding_idx, 0, 1, num, 1, False)
+        return editor.call(torch.ops.graphopt.embedding.default, table, self.companions(table), *tail)
 
     # Bookkeeping -------------------------------------------------------------------------------------------------------------
 

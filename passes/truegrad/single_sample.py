@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import sympy
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from graphopt.annotations import Key
 from graphopt.capture import CapturedGraph
 from graphopt.passes.truegrad import ops  # noqa: F401  registers torch.ops.graphopt
-from graphopt.passes.truegrad.editor import Editor
+from graphopt.passes.truegrad.editor import OPERATOR_NAMES, Editor
 from graphopt.pipeline import Coverage, Status
 
 aten = torch.ops.aten
 
 
-def rewrite_single_sample(graph: CapturedGraph, tracked: list[Node]) -> tuple[int, list[Coverage]]:
+def rewrite_single_sample(
+    graph: CapturedGraph, tracked: list[Node], statistics: Sequence[Key[Any]]
+) -> tuple[int, list[Coverage]]:
     """Route the gradient of every parameter, summed over all its uses, through ``graphopt::per_sample``."""
+    wanted = ",".join(OPERATOR_NAMES[key] for key in statistics)
     editor = Editor(graph)
     rows = []
     names = {node: described.name for node, described in zip(graph.placeholders, graph.inputs, strict=True)}
@@ -27,7 +32,8 @@ def rewrite_single_sample(graph: CapturedGraph, tracked: list[Node]) -> tuple[in
         if not users:
             continue
         with editor.after(param):
-            tangent = editor.call(torch.ops.graphopt.per_sample.default, param, editor.companion(param, sympy.S.One), 1)
+            companions = [editor.companion(param, key, sympy.S.One) for key in statistics]
+            tangent = editor.call(torch.ops.graphopt.per_sample.default, param, companions, wanted, 1)
             value = editor.call(
                 torch.ops.graphopt.with_tangent.default,
                 editor.call(aten.detach.default, param),

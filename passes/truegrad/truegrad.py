@@ -11,9 +11,19 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from graphopt.annotations import NUM_SAMPLES, SUM_GRAD_SQUARED, Key
+from graphopt.annotations import (
+    GRAD_SNR,
+    GRAD_VARIANCE,
+    KEYS,
+    NUM_SAMPLES,
+    SAMPLE_GRAD_NORM,
+    SUM_GRAD_SQUARED,
+    SUM_POSITION_GRAD_SQUARED,
+    Key,
+)
 from graphopt.capture import CapturedGraph, InputKind
 from graphopt.errors import OptionError, SampleAxisError, UnsupportedError
+from graphopt.passes.truegrad.editor import OPERATOR_NAMES
 from graphopt.passes.truegrad.ops import register_decompositions
 from graphopt.passes.truegrad.propagation import find_sample_axes
 from graphopt.passes.truegrad.rewrite import Rewriter
@@ -41,6 +51,9 @@ class TrueGrad(Pass):
         unsupported: what to do with a parameter that cannot be served exactly: ``"error"``, or ``"skip"`` and report it.
         square_dtype: dtype in which squares are multiplied where a parameter meets one position per sample, such as
             ``torch.bfloat16``; ``None`` is the gradient's own, at least float32.
+        statistics: names of the annotations to provide from the one backward pass: always ``"sum_grad_squared"``, and as asked
+            for ``"sample_grad_norm"`` (the norm of each sample's gradient) and ``"sum_position_grad_squared"``. ``grad_variance``
+            and ``grad_snr`` follow from the first and cost nothing.
 
     Raises:
         UnsupportedError: from the first call of the model, naming every parameter that cannot be served, and why.
@@ -51,9 +64,10 @@ class TrueGrad(Pass):
     where: Where = None
     unsupported: Literal["error", "skip"] = "error"
     square_dtype: torch.dtype | None = None
+    statistics: tuple[str, ...] = (SUM_GRAD_SQUARED.name,)
 
     name: ClassVar[str] = "truegrad"
-    provides: ClassVar[frozenset[Key[Any]]] = frozenset({SUM_GRAD_SQUARED, NUM_SAMPLES})
+    provides: ClassVar[frozenset[Key[Any]]] = frozenset({SUM_GRAD_SQUARED, NUM_SAMPLES, GRAD_VARIANCE, GRAD_SNR})
     changes_numerics: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -65,8 +79,26 @@ class TrueGrad(Pass):
                 raise OptionError(f"TrueGrad({option}={value!r}): it is one of {list(allowed)}")
         if self.square_dtype is not None and not self.square_dtype.is_floating_point:
             raise OptionError(f"TrueGrad(square_dtype={self.square_dtype}): it is a floating-point dtype")
+        object.__setattr__(self, "statistics", self._checked_statistics())
         if isinstance(self.where, list):
             object.__setattr__(self, "where", tuple(self.where))
+
+    def _checked_statistics(self) -> tuple[str, ...]:
+        given = (self.statistics,) if isinstance(self.statistics, str) else tuple(self.statistics)
+        derived = [key.name for key in KEYS if key.derive is not None]
+        names = [key.name for key in OPERATOR_NAMES]
+        if unknown := [name for name in given if name not in (*names, *derived)]:
+            raise OptionError(f"TrueGrad(statistics={unknown}): they are {names}, and derived from them {derived}")
+        if self.per == "token" and set(given) & {SAMPLE_GRAD_NORM.name, SUM_POSITION_GRAD_SQUARED.name}:
+            raise OptionError(
+                "TrueGrad(per='token') counts every position as a sample and provides sum_grad_squared only; use per='sample' "
+                "with these statistics"
+            )
+        return tuple(name for name in names if name in given or name == SUM_GRAD_SQUARED.name)
+
+    @property
+    def _keys(self) -> list[Key[Any]]:
+        return [key for key in OPERATOR_NAMES if key.name in self.statistics]
 
     def run(self, graph: CapturedGraph) -> PassResult:
         """Rewrite the graph."""
@@ -81,8 +113,9 @@ class TrueGrad(Pass):
         ]
         if not samples:
             return self._without_samples(graph, tracked, rows)
-        if self.per == "sample" and all(isinstance(size, int) and size == 1 for size in samples):
-            changed, found = rewrite_single_sample(graph, tracked)
+        one = self.per == "sample" and SUM_POSITION_GRAD_SQUARED.name not in self.statistics
+        if one and all(isinstance(size, int) and size == 1 for size in samples):
+            changed, found = rewrite_single_sample(graph, tracked, self._keys)
             return PassResult(graph, changed, ("one sample: its squared gradient is the statistic",), (*found, *rows))
         return self._rewrite(graph, tracked, rows)
 
@@ -93,8 +126,8 @@ class TrueGrad(Pass):
         axes = tuple(layout.axis if isinstance(layout, SampleAxis) and layout.is_plain else None for layout in outputs)
         pristine = graph.copy()
         uses = find_uses(graph, layouts, tracked)
-        square_dtype = self.square_dtype
-        rewriter = Rewriter(graph, layouts, uses, per_token=self.per == "token", square_dtype=square_dtype)
+        options: dict[str, Any] = {"per_token": self.per == "token", "square_dtype": self.square_dtype}
+        rewriter = Rewriter(graph, layouts, uses, statistics=self._keys, **options)
         changed = rewriter.run()
         if uses.problems:
             problems = {names[param]: problem for param, problem in uses.problems.items()}

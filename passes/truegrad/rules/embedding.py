@@ -45,9 +45,8 @@ def embedding(node: Node, context: Context) -> ClosedForm | Declined:
     def emit() -> Node:
         table, indices, padding_idx = cast(Any, check(node))  # again: other rules may have replaced them
         rows = context.editor.rows(layout)
-        companion = context.companion(table)
-        tail = (indices, padding_idx, layout.axis, *rows, context.per_token)
-        return context.editor.call(torch.ops.graphopt.embedding.default, table, companion, *tail)
+        tail = (context.wanted, indices, padding_idx, layout.axis, *rows, context.per_token)
+        return context.editor.call(torch.ops.graphopt.embedding.default, table, context.companions(table), *tail)
 
     looked_up = node.meta["val"].numel()
     count = int(looked_up.node.hint) if isinstance(looked_up, torch.SymInt) else int(looked_up)

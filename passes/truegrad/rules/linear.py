@@ -138,12 +138,15 @@ def emit_linear(
         transposed: whether the weight is (I, O).
     """
     editor = context.editor
-    weights = [weight, context.companion(weight) if weight in served else None]
     if transposed:
-        weights = [value and editor.call(aten.t.default, value) for value in weights]
-    bias_sq = context.companion(bias) if bias is not None and bias in served else None
-    tail = (layout.axis, *editor.rows(layout), context.per_token, context.square_dtype)
-    return editor.call(torch.ops.graphopt.linear.default, input, weights[0], bias, weights[1], bias_sq, *tail)
+        turned = editor.call(aten.t.default, weight)
+        if weight in served:
+            context.uses.extend(weight, turned)
+        served, weight = [turned if value is weight else value for value in served], turned
+    of_weight = context.companions(weight) if weight in served else []
+    of_bias = context.companions(bias) if bias is not None and bias in served else []
+    tail = (context.wanted, layout.axis, *editor.rows(layout), context.per_token, context.square_dtype)
+    return editor.call(torch.ops.graphopt.linear.default, input, weight, bias, of_weight, of_bias, *tail)
 
 
 def find_operands(node: Node) -> _Operands | Declined:

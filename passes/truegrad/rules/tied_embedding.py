@@ -97,7 +97,7 @@ def rewrite_tied_embedding(param: Node, uses: list[Use], context: Context) -> li
     """Rewrite the look-ups and the projection; returns the nodes that are done with."""
     (projection,), lookups = _split(uses)
     editor, first = context.editor, lookups[0].node
-    companion = context.companion(param)
+    companions = context.companions(param)
     all_indices = [_indices(use) for use in lookups]
     for use, indices in zip(lookups[1:], all_indices[1:], strict=True):
         _hoist(indices, use.node, first)
@@ -111,30 +111,34 @@ def rewrite_tied_embedding(param: Node, uses: list[Use], context: Context) -> li
             indices = editor.call(aten.cat.default, parts, 1)
             rows = (0, 1, editor.size(layout.num), 1)
         pair = editor.call(
-            torch.ops.graphopt.tied_embedding.default, param, companion, indices, padding_idx, *rows, False
+            torch.ops.graphopt.tied_embedding.default,
+            param,
+            companions,
+            context.wanted,
+            indices,
+            padding_idx,
+            *rows,
+            False,
         )
         found, tie = editor.call(operator.getitem, pair, 0), editor.call(operator.getitem, pair, 1)
         ids_NS = _by_sample(context, all_indices[0]) if len(lookups) == 1 else indices
         results = [found] if len(lookups) == 1 else _parts(context, found, parts, all_indices)
     for use, result in zip(lookups, results, strict=True):
         context.replace(use.node, result)
-    _project(projection.node, param, companion, tie, ids_NS, context)
+    _project(projection.node, param, companions, tie, ids_NS, context)
     return [projection.node, *(use.node for use in lookups)]
 
 
-def _project(node: Node, param: Node, companion: Node, tie: Node, ids_NS: Node, context: Context) -> None:
+def _project(node: Node, param: Node, companions: list[Node], tie: Node, ids_NS: Node, context: Context) -> None:
     operands = find_operands(node)
     assert not isinstance(operands, Declined)
     editor, layout = context.editor, context.sample_axis(operands.input)
     with editor.before(node):
-        bias_sq = (
-            context.companion(operands.bias)
-            if operands.bias is not None and operands.bias in context.uses.views
-            else None
-        )
-        tail = (tie, ids_NS, layout.axis, *editor.rows(layout))
+        bias = operands.bias
+        of_bias = context.companions(bias) if bias is not None and bias in context.uses.views else []
+        tail = (context.wanted, tie, ids_NS, layout.axis, *editor.rows(layout))
         new = editor.call(
-            torch.ops.graphopt.tied_linear.default, operands.input, param, operands.bias, companion, bias_sq, *tail
+            torch.ops.graphopt.tied_linear.default, operands.input, param, bias, companions, of_bias, *tail
         )
     context.replace(node, new)
 
