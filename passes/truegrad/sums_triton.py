@@ -17,8 +17,19 @@ import triton
 import triton.language as tl
 
 
-# The numbers of samples and positions change from batch to batch: no specialization on their values, hence no recompile.
-@triton.jit(do_not_specialize=["num", "positions", "samples_per_split"])
+
+# These change from batch to batch. No specialization on their values: a kernel is compiled for a layer, not for a batch.
+@triton.jit(
+    do_not_specialize=[
+        "num",
+        "positions",
+        "samples_per_split",
+        "grad_stride_n",
+        "grad_stride_s",
+        "input_stride_n",
+        "input_stride_s",
+    ]
+)
 def sums_kernel(
     grad,
     input,
@@ -38,11 +49,13 @@ def sums_kernel(
     samples_per_split,
     WANT_NORMS: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,  # bfloat16 to float32 before the product: Triton's interpreter multiplies its bits as integers
+    VECTOR_O: tl.constexpr,  # sizes, strides and address of grad are multiples of so many elements
+    VECTOR_I: tl.constexpr,  # likewise of input
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_S: tl.constexpr,
     GROUP: tl.constexpr,
-    WIDEN: tl.constexpr,  # bfloat16 to float32 before the product: Triton's interpreter multiplies its bits as integers
 ):
     """One tile of the results, over one range of samples."""
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -50,10 +63,18 @@ def sums_kernel(
     o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
     i = tile_i * BLOCK_I + tl.arange(0, BLOCK_I)
     s = tl.arange(0, BLOCK_S)
-    # 64-bit from here on: a batch may well have more than 2^31 elements, and positions may be further apart than samples.
+    # Masks that are equal over a vector, and strides known to be multiples of it: only then does the compiler load vectors.
+    inside_O = (o // VECTOR_O < outputs // VECTOR_O)[:, None]
+    inside_I = (i // VECTOR_I < inputs // VECTOR_I)[None, :]
+    if VECTOR_O > 1:
+        grad_stride_n = tl.multiple_of(grad_stride_n, VECTOR_O)
+        grad_stride_s = tl.multiple_of(grad_stride_s, VECTOR_O)
+    if VECTOR_I > 1:
+        input_stride_n = tl.multiple_of(input_stride_n, VECTOR_I)
+        input_stride_s = tl.multiple_of(input_stride_s, VECTOR_I)
+    # 64-bit: a batch may well have more than 2^31 elements, and positions may be further apart than samples.
     grad_OS = grad + o[:, None].to(tl.int64) * grad_stride_o + s[None, :].to(tl.int64) * grad_stride_s
     input_SI = input + s[:, None].to(tl.int64) * input_stride_s + i[None, :].to(tl.int64) * input_stride_i
-    inside_O, inside_I = (o < outputs)[:, None], (i < inputs)[None, :]
 
     product_OI = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     total_OI = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
@@ -93,3 +114,6 @@ def _grouped(tile, tiles_o, tiles_i, GROUP: tl.constexpr):
     first = tile // in_band * GROUP
     height = tl.minimum(tiles_o - first, GROUP)
     return first + tile % in_band % height, tile % in_band // height
+
+
+INTERPRETED = not isinstance(sums_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 when triton was imported
