@@ -1,6 +1,9 @@
 """Optimizers that read what the passes leave on the parameters, and optimizers that wrap others."""
 
 from graphopt.optim.clip_grad import clip_grad_norm_ as clip_grad_norm_
+from graphopt.optim.graft import Graft as Graft
+from graphopt.optim.optimizer_optimizer import OptimizerOptimizer as OptimizerOptimizer
+from graphopt.optim.sign import Sign as Sign
 from graphopt.optim.tgadamw import TGAdamW as TGAdamW
 from graphopt.optim.tglaprop import TGLaProp as TGLaProp
 from graphopt.optim.tgrmsprop import TGRMSProp as TGRMSProp

@@ -1,0 +1,183 @@
+"""What the optimizers that wrap others share: ask an inner optimizer for its step, undo it, and take another."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from graphopt.errors import OptionError, UnsupportedError
+from graphopt.optim.base_optimizer import BaseOptimizer, state_dtype
+from graphopt.optim.weight_decay import WeightDecay, WeightDecayChain
+
+
+class Entry(NamedTuple):
+    """A parameter that has a gradient."""
+
+    group: dict[str, Any]
+    param: Tensor
+
+
+class WrappingOptimizer(BaseOptimizer):
+    """An optimizer that turns the steps of inner optimizers of the same parameters into a step of its own.
+
+    Inner optimizers see the parameters as they were before the step, one after the other. Their states and options are
+    part of ``state_dict``; their schedulers, hooks and learning rates work as if they stood alone.
+    """
+
+    _attributes: ClassVar[tuple[str, ...]] = ("weight_decay_cls", "inner")
+    _why_not_complex = "norms and signs of a step are taken of real ones"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        inner: dict[str, torch.optim.Optimizer],
+        defaults: dict[str, Any],
+        weight_decay_cls: WeightDecayChain | WeightDecay | None,
+    ) -> None:
+        for role, optimizer in inner.items():
+            _check_inner(type(self).__name__, role, optimizer)
+        self.inner = inner
+        super().__init__(params, defaults, weight_decay_cls)
+        self._check_same_params()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, after it was added to the inner optimizers; options take the defaults.
+
+        Raises:
+            OptionError: an option of the group is not valid, or an inner optimizer does not have the parameters.
+            UnsupportedError: a parameter is complex.
+        """
+        super().add_param_group(param_group)
+        for role, optimizer in self.inner.items():
+            known = {id(param) for group in optimizer.param_groups for param in group["params"]}
+            unknown = [param for param in self.param_groups[-1]["params"] if id(param) not in known]
+            if unknown:
+                name = self._name(unknown[0])
+                self.param_groups.pop()
+                raise OptionError(
+                    f"{type(self).__name__}: {len(unknown)} parameters are not in {role}={type(optimizer).__name__}, for "
+                    f"instance {name}. Give all optimizers the same parameters: {role}.add_param_group(...) comes first"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What torch's ``state_dict`` holds, and under ``"inner"`` those of the inner optimizers by their names."""
+        state_dict: dict[str, Any] = super().state_dict()
+        state_dict["inner"] = {role: optimizer.state_dict() for role, optimizer in self.inner.items()}
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict()`` returned, into the inner optimizers as well.
+
+        Raises:
+            OptionError: the states of the inner optimizers are missing, or have other names.
+        """
+        found, expected = list(state_dict.get("inner", {})), list(self.inner)
+        if found != expected:
+            raise OptionError(
+                f"{type(self).__name__}.load_state_dict: expected the states of the inner optimizers {expected} under "
+                f"'inner' and found {found}. Pass what {type(self).__name__}.state_dict() returned"
+            )
+        for role, optimizer in self.inner.items():
+            optimizer.load_state_dict(state_dict["inner"][role])
+        super().load_state_dict(state_dict)
+
+    def check(self) -> None:
+        """Raise what ``step`` would raise before it changes anything; without an error this does nothing."""
+        self._check_same_params()
+        for optimizer in self.inner.values():
+            if isinstance(optimizer, BaseOptimizer):
+                optimizer.check()
+
+    @abstractmethod
+    def _steps(self, entries: Sequence[Entry]) -> tuple[list[Tensor], list[Any]]:
+        """Ask the inner optimizers, and choose the steps.
+
+        Returns:
+            For each parameter the step, a new tensor in `state_dtype` that will be written to, and the learning rate of
+            its weight decay, a number or a tensor of shape ().
+        """
+
+    def _update_all(self) -> None:
+        if len(self.inner) > 1:  # one alone raises before anything is changed
+            self.check()
+        self._check_same_params()
+        entries = [
+            Entry(group, param) for group in self.param_groups for param in group["params"] if param.grad is not None
+        ]
+        if not entries:
+            return
+        steps, rates = self._steps(entries)
+        pulls = self._pulls(entries)
+        if pulls is not None:
+            factors = [rate * float(group["weight_decay"]) for rate, (group, _) in zip(rates, entries, strict=True)]
+            torch._foreach_mul_(pulls, factors)
+            torch._foreach_sub_(steps, pulls)
+        _move([param for _, param in entries], steps)
+
+    def _ask(self, role: str, entries: Sequence[Entry]) -> list[Tensor]:
+        """The step that an inner optimizer would make, in `state_dtype`. The parameters stay as they are."""
+        before = [param.detach().clone() for _, param in entries]
+        try:
+            self.inner[role].step()
+            steps = torch._foreach_sub([_widen(param) for _, param in entries], [_widen(param) for param in before])
+        finally:
+            torch._foreach_copy_([param.detach() for _, param in entries], before)
+        return list(steps)
+
+    def _pulls(self, entries: Sequence[Entry]) -> list[Tensor] | None:
+        """What the weight decay subtracts, times its learning rate and ``weight_decay``, in new tensors."""
+        params = [param for _, param in entries]
+        decay = self.weight_decay_cls
+        if decay is None or decay.is_plain:
+            if not any(float(group["weight_decay"]) for group in self.param_groups):
+                return None
+            return [param.detach().to(state_dtype(param), copy=True) for param in params]
+        states = [self.state[param] for param in params]
+        for param, state in zip(params, states, strict=True):
+            decay.init(param, state)
+        return [pull.clone() for pull in decay(params, states)]
+
+    def _check_same_params(self) -> None:
+        own = sum(len(group["params"]) for group in self.param_groups)
+        for role, optimizer in self.inner.items():
+            theirs = sum(len(group["params"]) for group in optimizer.param_groups)
+            if own != theirs:  # add_param_group has seen to it that ours are among theirs
+                raise OptionError(
+                    f"{type(self).__name__}: {role}={type(optimizer).__name__} has {theirs} parameters, of which "
+                    f"{type(self).__name__} has {own}; a step would move the others as well. Give all optimizers the same "
+                    "parameters"
+                )
+
+    def __repr__(self) -> str:
+        inner = ", ".join(f"{role}={type(optimizer).__name__}" for role, optimizer in self.inner.items())
+        return f"{type(self).__name__}({inner}, {sum(len(group['params']) for group in self.param_groups)} parameters)"
+
+
+def rates(entries: Sequence[Entry]) -> list[float]:
+    """The learning rate of each parameter's group."""
+    return [float(group["lr"]) for group, _ in entries]
+
+
+def _move(params: list[Tensor], steps: list[Tensor]) -> None:
+    torch._foreach_add_(steps, [_widen(param) for param in params])
+    torch._foreach_copy_([param.detach() for param in params], steps)
+
+
+def _widen(param: Tensor) -> Tensor:
+    return param.detach().to(state_dtype(param))
+
+
+def _check_inner(name: str, role: str, optimizer: object) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise OptionError(
+            f"{name}: {role}={optimizer!r}; expected an optimizer of the same parameters, for instance "
+            f"{role}=torch.optim.SGD(model.parameters(), lr=1.0)"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UnsupportedError(
+            f"{name}: {role} is a torch.optim.LBFGS, which evaluates the loss several times within a step; {name} asks for "
+            "the step that follows from the gradients at hand. Use an optimizer whose step() needs no closure"
+        )
