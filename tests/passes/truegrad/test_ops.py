@@ -21,31 +21,42 @@ def companion(*shape):
     return torch.zeros(()).expand(shape).requires_grad_()
 
 
+def all_of(num, *shape):
+    """The companions of all statistics."""
+    return [companion(*shape), companion(num), companion(*shape)]
+
+
+ALL = "square,norm,position"
 IDS = torch.tensor([[0, 1, 1], [2, 0, 3]])
 
 SAMPLE_INPUTS = {
-    "sums": [(torch.randn(4, 3, 2), torch.randn(4, 3, 5))],
+    "sums": [(torch.randn(4, 3, 2), torch.randn(4, 3, 5), norms) for norms in (False, True)],
     "linear": [
-        (leaf(4, 3, 5), leaf(2, 5), leaf(2), companion(2, 5), companion(2), 0, 1, 4, 1, False, None),
-        (leaf(12, 5), leaf(2, 5), None, companion(2, 5), None, 0, 3, 4, 1, False, None),
-        (leaf(4, 5), leaf(2, 5), leaf(2), companion(2, 5), None, 0, 1, 4, 1, False, torch.bfloat16),
-        (leaf(4, 3, 5), leaf(2, 5), leaf(2), None, companion(2), 0, 1, 4, 1, True, None),
+        (leaf(4, 3, 5), leaf(2, 5), leaf(2), all_of(4, 2, 5), all_of(4, 2), ALL, 0, 1, 4, 1, False, None),
+        (leaf(12, 5), leaf(2, 5), None, [companion(2, 5)], [], "square", 0, 3, 4, 1, False, None),
+        (leaf(4, 5), leaf(2, 5), leaf(2), [companion(2, 5)], [], "square", 0, 1, 4, 1, False, torch.bfloat16),
+        (leaf(4, 5), leaf(2, 5), leaf(2), all_of(4, 2, 5), all_of(4, 2), ALL, 0, 1, 4, 1, False, None),
+        (leaf(4, 3, 5), leaf(2, 5), leaf(2), [], [companion(2)], "square", 0, 1, 4, 1, True, None),
     ],
     "embedding_sums": [
-        (torch.randn(2, 3, 4), IDS, None, 5, -1),
-        (torch.randn(2, 3, 4), IDS, torch.randn(2, 3, 4), 5, 1),
+        (torch.randn(2, 3, 4), IDS, None, 5, -1, False),
+        (torch.randn(2, 3, 4), IDS, torch.randn(2, 3, 4), 5, 1, True),
     ],
     "embedding": [
-        (leaf(5, 4), companion(5, 4), IDS, -1, 0, 1, 2, 1, False),
-        (leaf(5, 4), companion(5, 4), IDS, 1, 1, 1, 3, 1, True),
+        (leaf(5, 4), all_of(2, 5, 4), ALL, IDS, -1, 0, 1, 2, 1, False),
+        (leaf(5, 4), [companion(5, 4)], "square", IDS, 1, 1, 1, 3, 1, True),
     ],
-    "tied_embedding": [(leaf(5, 4), companion(5, 4), IDS, -1, 0, 1, 2, 1, False)],
+    "tied_embedding": [(leaf(5, 4), all_of(2, 5, 4), ALL, IDS, -1, 0, 1, 2, 1, False)],
     "tied_linear": [
-        (leaf(2, 3, 4), leaf(5, 4), leaf(5), companion(5, 4), companion(5), leaf(2, 3, 4), IDS, 0, 1, 2, 1),
-        (leaf(2, 3, 4), leaf(5, 4), None, companion(5, 4), None, leaf(2, 3, 4), IDS, 0, 1, 2, 1),
+        (leaf(2, 3, 4), leaf(5, 4), leaf(5), all_of(2, 5, 4), all_of(2, 5), ALL, leaf(2, 3, 4), IDS, 0, 1, 2, 1),
+        (leaf(2, 3, 4), leaf(5, 4), None, [companion(5, 4)], [], "square", leaf(2, 3, 4), IDS, 0, 1, 2, 1),
     ],
-    "per_sample": [(leaf(3, 2), companion(3, 2), 4)],
+    "per_sample": [
+        (leaf(3, 2), [companion(3, 2)], "square", 4),
+        (leaf(3, 2), [companion(3, 2), companion(4)], "square,norm", 4),
+    ],
     "per_position": [(leaf(3), companion(3), [4, 2, 3]), (leaf(2, 1), companion(2, 1), [4, 2, 3])],
+    "position_squares": [(companion(3), torch.randn(3), [4, 2, 3])],
     "with_tangent": [(leaf(3, 2), leaf(3, 2))],
 }
 CASES = [
@@ -88,16 +99,20 @@ def test_opcheck_compiled(name, args):
 )
 def test_sums(num, positions, outputs, inputs, budget, dtype):
     grad, value = torch.randn(num, positions, outputs).to(dtype), torch.randn(num, positions, inputs).to(dtype)
-    with patch.dict(ops._CHUNK_BYTES, cpu=budget):
-        total, squares = torch.ops.graphopt.sums(grad, value)
+    with patch.dict(ops.sums._CHUNK_BYTES, cpu=budget):
+        total, squares, norms = torch.ops.graphopt.sums(grad, value, True)
     each = torch.einsum("nso,nsi->noi", grad.double(), value.double())
     wide = torch.promote_types(dtype, torch.float32)
-    assert total.dtype == squares.dtype == wide
+    assert total.dtype == squares.dtype == norms.dtype == wide
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype]
     largest = each.abs().max().item() + 1e-6
     torch.testing.assert_close(total.double(), each.sum(0), rtol=tolerance, atol=num * tolerance * largest)
     torch.testing.assert_close(
         squares.double(), each.square().sum(0), rtol=tolerance, atol=num * tolerance * largest**2
+    )
+    entries = outputs * inputs
+    torch.testing.assert_close(
+        norms.double(), each.square().sum((1, 2)), rtol=tolerance, atol=entries * tolerance * largest**2
     )
 
 
@@ -118,19 +133,22 @@ def test_embedding_sums(num, positions, rows, width, padding, owed, dtype, data)
     grad = torch.randn(num, positions, width).to(dtype)
     debt = torch.randn(num, rows, width).to(dtype) if owed else None  # of one sample, to each row of the table
     looked_up = None if debt is None else debt.gather(1, indices.unsqueeze(-1).expand(-1, -1, width))
-    total, squares = torch.ops.graphopt.embedding_sums(grad, indices, looked_up, rows, 0 if padding else -1)
+    padding_idx = 0 if padding else -1
+    total, squares, norms = torch.ops.graphopt.embedding_sums(grad, indices, looked_up, rows, padding_idx, True)
     each = torch.zeros(num, rows, width, dtype=torch.float64)
     for n in range(num):
         for s in range(positions):
             if not (padding and indices[n, s] == 0):
                 each[n, indices[n, s]] += grad[n, s].double()
-    expected = each.square().sum(0)
+    per_sample = each.square()
     if debt is not None:
-        expected = expected + 2 * (each * debt.double()).sum(0)
+        per_sample = per_sample + 2 * each * debt.double()
+    expected = per_sample.sum(0)
     assert total.dtype == squares.dtype == torch.promote_types(dtype, torch.float32)
     tolerance = {torch.float64: 1e-11, torch.bfloat16: 1e-4}[dtype]
     torch.testing.assert_close(total.double(), each.sum(0), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(squares.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(norms.double(), per_sample.sum((1, 2)), rtol=tolerance, atol=10 * tolerance)
 
 
 @pytest.mark.parametrize("padding_idx", [-1, 1])
@@ -138,15 +156,19 @@ def test_tied_pair_squares_the_sum(padding_idx):
     torch.manual_seed(0)
     table, ids = torch.randn(5, 4, dtype=torch.float64), IDS
 
-    def run(weight, square, ids, num):
-        found, tie = torch.ops.graphopt.tied_embedding(weight, square, ids, padding_idx, 0, 1, num, 1, False)
-        return (
-            torch.ops.graphopt.tied_linear(found.tanh(), weight, None, square, None, tie, ids, 0, 1, num, 1).sin().sum()
+    def run(weight, square, norm, ids, num):
+        companions, tail = [square, norm], (0, 1, num, 1)
+        found, tie = torch.ops.graphopt.tied_embedding(
+            weight, companions, "square,norm", ids, padding_idx, *tail, False
         )
+        output = torch.ops.graphopt.tied_linear(
+            found.tanh(), weight, None, companions, [], "square,norm", tie, ids, *tail
+        )
+        return output.sin().sum()
 
-    square = torch.zeros_like(table).requires_grad_()
+    square, norm = torch.zeros_like(table).requires_grad_(), torch.zeros(2, dtype=torch.float64, requires_grad=True)
     weight = table.clone().requires_grad_()
-    run(weight, square, ids, 2).backward()
+    run(weight, square, norm, ids, 2).backward()
     grads = []
     for n in range(2):
         weight_n = table.clone().requires_grad_()
@@ -155,14 +177,16 @@ def test_tied_pair_squares_the_sum(padding_idx):
         grads.append(weight_n.grad)
     torch.testing.assert_close(weight.grad, sum(grads))
     torch.testing.assert_close(square.grad, sum(grad.square() for grad in grads))
+    torch.testing.assert_close(norm.grad, torch.stack([grad.square().sum() for grad in grads]))
 
 
 def test_placeholders_of_gradients_take_no_memory():
     param, square = leaf(300, 200), companion(300, 200)
-    rows = torch.ops.graphopt.per_sample(param, square, 1000)
+    rows = torch.ops.graphopt.per_sample(param, [square], "square", 1000)
     assert rows.shape == (1000, 300, 200)
     assert rows.untyped_storage().nbytes() == param.element_size()
     table, square = leaf(50, 20), companion(50, 20)
-    _, tie = torch.ops.graphopt.tied_embedding(table, square, torch.randint(0, 50, (40, 30)), -1, 0, 1, 40, 1, False)
+    ids = torch.randint(0, 50, (40, 30))
+    _, tie = torch.ops.graphopt.tied_embedding(table, [square], "square", ids, -1, 0, 1, 40, 1, False)
     assert tie.shape == (40, 30, 20)
     assert tie.untyped_storage().nbytes() == table.element_size()
