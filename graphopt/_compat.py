@@ -31,12 +31,14 @@ set_grad_enabled_op = torch._C._set_grad_enabled  # the node that a torch.no_gra
 
 # The compiler's own modules take seconds to import, so they are imported when a name is first used.
 if TYPE_CHECKING:
+    from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
     from torch._dynamo import maybe_mark_dynamic as maybe_mark_dynamic
     from torch._dynamo.exc import BackendCompilerFailed as BackendCompilerFailed
     from torch._dynamo.source import LocalSource as LocalSource
     from torch._functorch.autograd_function import autograd_function_apply as autograd_function_apply
     from torch._guards import CompileContext as CompileContext
     from torch._guards import Source as Source
+    from torch._guards import TracingContext as TracingContext
     from torch._higher_order_ops.wrap import tag_activation_checkpoint as tag_activation_checkpoint
     from torch._inductor.compile_fx import compile_fx as compile_fx
     from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
@@ -52,10 +54,13 @@ _LAZY = {
     "BackendCompilerFailed": ("torch._dynamo.exc", "BackendCompilerFailed"),
     # The only request to trace a frame again that Dynamo accepts from a backend.
     "RestartCapture": ("torch._dynamo.exc", "TensorifyScalarRestartAnalysis"),
+    # Without it, kernels that are written in C++ meet symbolic sizes which they cannot read.
+    "enable_python_dispatcher": ("torch._dispatch.python", "enable_python_dispatcher"),
     "LocalSource": ("torch._dynamo.source", "LocalSource"),
     "is_from_module_source": ("torch._dynamo.source", "is_from_unspecialized_nn_module_source"),
     "CompileContext": ("torch._guards", "CompileContext"),
     "Source": ("torch._guards", "Source"),
+    "TracingContext": ("torch._guards", "TracingContext"),
     "autograd_function_apply": ("torch._functorch.autograd_function", "autograd_function_apply"),
     "tag_activation_checkpoint": ("torch._higher_order_ops.wrap", "tag_activation_checkpoint"),
     "compile_fx": ("torch._inductor.compile_fx", "compile_fx"),
@@ -83,6 +88,12 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     module = sys.modules.get("torch.distributed.tensor")  # not imported: no DTensor can exist
     return tensor._local_tensor if module is not None and isinstance(tensor, module.DTensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+def is_split_for_ddp() -> bool:
+    """Whether the graph that is compiled now is one of several that Dynamo's DDPOptimizer has cut a graph into."""
+    context = sys.modules[__name__].TracingContext.try_get()
+    return getattr(context, "ddp_optimizer_ctx", None) is not None
 
 
 def current_graph_task() -> int:
@@ -123,6 +134,16 @@ def is_transformed(tensor: torch.Tensor) -> bool:
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch.jit.is_tracing():
         return True
     return type(tensor).__name__ == "FakeTensor"
+
+
+def wrap_composition(
+    op: torch._ops.OpOverload, choose: Callable[[Callable[..., object]], Callable[..., object]]
+) -> None:
+    """Replace what tracers run for an operator that is composed of others, by ``choose(what they ran before)``."""
+    for key in (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd):
+        if key in op.py_kernels:
+            op.py_kernels[key] = choose(op.py_kernels[key])
+    op._dispatch_cache.clear()
 
 
 def size_hint(shape_env: object, size: object) -> int:

@@ -33,6 +33,7 @@ from graphopt import _compat
 from graphopt.annotations import Key
 from graphopt.errors import OptionError, UnsupportedError
 from graphopt.inspect.location import plain_name
+from graphopt.recurrent import LOWERED, lower_recurrent, opaque_layers
 
 SampleAxisOption = int | None | Mapping[str, int | None]
 
@@ -167,6 +168,18 @@ def set_sample_axis(tensor: Tensor, axis: int | None) -> None:
     _sample_axes[tensor] = axis
 
 
+@contextmanager
+def capture_settings() -> Iterator[None]:
+    """How Dynamo traces what graphopt captures; it wants to be told the same at every call.
+
+    Hooks that are registered later must be seen: by default Dynamo does not guard on them. Passes need whole graphs: by default
+    Dynamo splits those of a DistributedDataParallel at the edges of its buckets, and breaks off at a recurrent layer.
+    """
+    settings = {"skip_nnmodule_hook_guards": False, "optimize_ddp": False, "allow_rnn": True}
+    with torch._dynamo.config.patch(settings), opaque_layers():
+        yield
+
+
 def needs_restart(inputs: Sequence[Input], example_inputs: Sequence[Any]) -> bool:
     """Mark inputs that Dynamo saw before they were marked; true if it has to look again.
 
@@ -261,6 +274,8 @@ class _Lowering(Interpreter):
             body, *operands = args
             tags = {"recompute": _compat.CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": next(_checkpoint_ids)}
             return _Lowering(body, {**self._extra_meta, **tags}).run(*operands)
+        if target in LOWERED and not kwargs:
+            return lower_recurrent(target, args, _where())
         return super().call_function(target, args, kwargs)
 
 

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from graphopt import _compat
-from graphopt.capture import NamedTensors, mark_samples
+from graphopt.capture import NamedTensors, capture_settings, mark_samples
 from graphopt.errors import GraphoptError, UnsupportedError
 from graphopt.pipeline import Coverage, Record, Status
 from graphopt.runtime.bound_graph import BoundGraph
@@ -127,7 +127,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
 
     mark_samples(clone.forward, args, kwargs, setup.sample_axis)
     try:
-        torch.compile(with_own_code(cast(FunctionType, call)), backend=collect)(*args, **kwargs)
+        with capture_settings():
+            torch.compile(with_own_code(cast(FunctionType, call)), backend=collect)(*args, **kwargs)
     except (NotImplementedError, RuntimeError) as error:
         inner = getattr(error, "inner_exception", error)
         if isinstance(inner, GraphoptError):
