@@ -68,7 +68,7 @@ class Editor:
                 k: v for k, v in self._serving.meta.items() if k not in ("val", "example_value", "tensor_meta")
             }
         values, keywords = torch.fx.map_arg((args, kwargs), lambda argument: argument.meta["val"])
-        with self.captured.fake_mode, torch.no_grad():
+        with self.captured.fake_mode, torch.no_grad(), _compat.enable_python_dispatcher():
             node.meta["val"] = target(*values, **keywords)
         return node
 

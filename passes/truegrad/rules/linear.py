@@ -86,7 +86,7 @@ class _Operands:
     transposed: bool  # the weight is (I, O)
 
 
-@closed_form(aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
+@closed_form(aten.linear.default)
 def linear(node: Node, context: Context) -> ClosedForm | Declined:
     """Replace the product by ``graphopt::linear``."""
     operands = find_operands(node)
@@ -153,6 +153,8 @@ def find_operands(node: Node) -> _Operands | Declined:
     """Input, weight and bias, whichever way the product is written."""
     args = cast(Any, node.args)
     if node.target is aten.linear.default:
+        if args[1].meta["val"].ndim != 2:
+            return Declined("its parameter is not a matrix")
         return _Operands(args[0], args[1], args[2] if len(args) > 2 else None, transposed=False)
     if node.target is aten.addmm.default:
         if any(node.kwargs.get(scale, 1) != 1 for scale in ("alpha", "beta")):
