@@ -17,18 +17,21 @@ from torch.fx import GraphModule
 from torch.utils.weak import WeakIdKeyDictionary
 
 from graphopt import _compat
+from graphopt.annotations import SUM_GRAD_SQUARED
 from graphopt.capture import (
     CapturedGraph,
     NamedTensors,
     SampleAxisOption,
+    capture_settings,
     describe_inputs,
     lower,
     mark_samples,
     needs_restart,
 )
 from graphopt.compilation import check_compiler, compile_graph
-from graphopt.errors import GraphoptError, OptionError, UncapturedCall
+from graphopt.errors import GraphoptError, OptionError, UncapturedCall, UnsupportedError
 from graphopt.pipeline import Pass, Record, resolve_passes, run_passes
+from graphopt.runtime import data_parallel
 from graphopt.runtime.bound_graph import BoundGraph
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -78,14 +81,15 @@ def transform(
         raise OptionError(f"transform takes a torch.nn.Module and got {type(model).__name__}")
     setup = Setup.parse({**(options or {}), "passes": passes, "compiler": compiler})
     restore(model)
-    _Handle(setup, dynamic).attach(model)
+    _Handle(setup, dynamic).attach(data_parallel.unwrap(model))
     return model
 
 
 def restore(model: Model) -> Model:
     """Undo `transform`: the model runs as it was written. Parameters keep their values; does nothing if not transformed."""
-    if model.__dict__.pop(_HANDLE, None) is not None:
-        model.__dict__.pop("_compiled_call_impl", None)
+    inner = data_parallel.unwrap(model)
+    if inner.__dict__.pop(_HANDLE, None) is not None:
+        inner.__dict__.pop("_compiled_call_impl", None)
     return model
 
 
@@ -94,7 +98,7 @@ def records(model: nn.Module) -> list[Record]:
 
     Works for transformed models and for ``torch.compile(model, backend="graphopt")``.
     """
-    handle = model.__dict__.get(_HANDLE)
+    handle = data_parallel.unwrap(model).__dict__.get(_HANDLE)
     if isinstance(handle, _Handle):
         return list(handle.records)
     found: dict[int, Record] = {}
@@ -106,7 +110,7 @@ def records(model: nn.Module) -> list[Record]:
 
 def setup_of(model: nn.Module) -> Setup:
     """The options of a transformed model, or the default ones."""
-    handle = model.__dict__.get(_HANDLE)
+    handle = data_parallel.unwrap(model).__dict__.get(_HANDLE)
     return handle.setup if isinstance(handle, _Handle) else Setup.parse({})
 
 
@@ -165,10 +169,21 @@ class Setup:
             )
         return cls(tuple(resolved), compiler, axis, bool(options.get("fullgraph", False)), config)
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether a pass leaves statistics on parameters."""
+        return any(SUM_GRAD_SQUARED in item.provides for item in self.passes)
+
     def rewrite(
         self, graph_module: GraphModule, example_inputs: Sequence[Any], named: NamedTensors | None = None
     ) -> tuple[CapturedGraph, Record]:
         """Capture one graph of Dynamo's and run the passes over it."""
+        if self.passes and _compat.is_split_for_ddp():
+            raise UnsupportedError(
+                "Dynamo has split the model's graph at the edges of DistributedDataParallel's buckets, and passes need whole graphs. "
+                "Set torch._dynamo.config.optimize_ddp = False before the first call, or use graphopt.transform(model) instead of "
+                "torch.compile(model, backend='graphopt')"
+            )
         inputs = describe_inputs(graph_module, example_inputs, named or NamedTensors(), self.sample_axis)
         if self.passes and needs_restart(inputs, example_inputs):
             raise _compat.RestartCapture("the sample axis of an input was not marked dynamic")
@@ -262,10 +277,11 @@ def _entry(model: nn.Module, compiled: Callable[..., Any], setup: Setup) -> Call
         nonlocal warned
         if setup.passes:
             mark_samples(model.forward, args, kwargs, setup.sample_axis)
+        if setup.has_statistics:
+            data_parallel.enter_forward()  # on every rank, also on one whose batch reaches no graph
         before = BoundGraph.num_calls
         try:
-            # Hooks that are registered later must be seen: by default Dynamo does not guard on them.
-            with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            with capture_settings():
                 outputs = compiled(*args, **kwargs)
         except _compat.BackendCompilerFailed as error:
             inner = error.inner_exception

@@ -13,6 +13,7 @@ from torch import Tensor
 from graphopt import _compat
 from graphopt.annotations import SAMPLE_GRAD_NORM, expose
 from graphopt.capture import CapturedGraph, InputKind, set_sample_axis
+from graphopt.runtime import data_parallel
 from graphopt.runtime.statistics import Entry, Statistic, enter_backward
 
 
@@ -46,6 +47,8 @@ class BoundGraph:
     def __call__(self, *args: Any) -> Any:
         """Run the graph on Dynamo's flat arguments."""
         BoundGraph.num_calls += 1
+        if self._companions:
+            data_parallel.enter_forward()
         companions, entries = self._bind(args)
         if _compat.is_any_autocast_enabled():
             with _compat.disable_autocast():
