@@ -13,6 +13,8 @@ Rows are grouped as in `sample_axis`: along ``axis`` of the input lie ``outer * 
 sample ``(i // inner) % num``. With ``per_token`` every row counts by itself.
 """
 
+from graphopt.passes.truegrad.ops import collect as collect
+from graphopt.passes.truegrad.ops import convolution as convolution
 from graphopt.passes.truegrad.ops import embedding as embedding
 from graphopt.passes.truegrad.ops import linear as linear
 from graphopt.passes.truegrad.ops import per_sample as per_sample
