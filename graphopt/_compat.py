@@ -52,8 +52,6 @@ if TYPE_CHECKING:
 _LAZY = {
     "maybe_mark_dynamic": ("torch._dynamo", "maybe_mark_dynamic"),
     "BackendCompilerFailed": ("torch._dynamo.exc", "BackendCompilerFailed"),
-    # The only request to trace a frame again that Dynamo accepts from a backend.
-    "RestartCapture": ("torch._dynamo.exc", "TensorifyScalarRestartAnalysis"),
     # Without it, kernels that are written in C++ meet symbolic sizes which they cannot read.
     "enable_python_dispatcher": ("torch._dispatch.python", "enable_python_dispatcher"),
     "LocalSource": ("torch._dynamo.source", "LocalSource"),
@@ -80,6 +78,18 @@ def __getattr__(name: str) -> Any:
     module, attribute = _LAZY[name]
     value = globals()[name] = getattr(importlib.import_module(module), attribute)
     return value
+
+
+def restart_capture(reason: str) -> Exception:
+    """What a backend raises to have the frame traced again.
+
+    Dynamo replays where it speculated, and the new sizes may take another path through the user's code: it must forget.
+    """
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis  # the only request that Dynamo accepts from a backend
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    InstructionTranslator.current_tx().speculation_log.clear()
+    return TensorifyScalarRestartAnalysis(reason)
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

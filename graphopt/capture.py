@@ -184,7 +184,7 @@ def needs_restart(inputs: Sequence[Input], example_inputs: Sequence[Any]) -> boo
     """Mark inputs that Dynamo saw before they were marked; true if it has to look again.
 
     This is how ``torch.compile(model, backend="graphopt")``, where nobody sees the inputs before Dynamo does, and the graphs
-    behind a graph break find their samples. The caller raises `_compat.RestartCapture`.
+    behind a graph break find their samples. The caller raises `_compat.restart_capture`.
     """
     again = False
     for described, value in zip(inputs, example_inputs, strict=True):

@@ -186,7 +186,7 @@ class Setup:
             )
         inputs = describe_inputs(graph_module, example_inputs, named or NamedTensors(), self.sample_axis)
         if self.passes and needs_restart(inputs, example_inputs):
-            raise _compat.RestartCapture("the sample axis of an input was not marked dynamic")
+            raise _compat.restart_capture("the sample axis of an input was not marked dynamic")
         start = time.perf_counter()
         captured = lower(graph_module, inputs)
         lowered = time.perf_counter()
