@@ -156,19 +156,20 @@ def wrap_composition(
     op._dispatch_cache.clear()
 
 
+def onednn_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``linear`` of matrices with any strides, by oneDNN where it has it: float32 on the CPU.
+
+    oneDNN uses AVX-512 wherever it is; MKL, which is behind ``mm``, on Intel's processors only, and is two to four times as slow
+    on others.
+    """
+    eligible = input.device.type == "cpu" and input.dtype == weight.dtype == torch.float32
+    if eligible and torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled():
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")
+        return result
+    return torch.nn.functional.linear(input, weight, bias)
+
+
 def size_hint(shape_env: object, size: object) -> int:
     """The value that a symbolic size had when its graph was captured."""
     hint = getattr(shape_env, "optimization_hint", None) or shape_env.size_hint  # type: ignore[attr-defined]  # before 2.13
     return int(hint(size))
-
-
-has_onednn_linear = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def onednn_linear(input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``input @ weight.T`` of float32 matrices on the CPU by oneDNN, whatever their strides.
-
-    oneDNN uses AVX-512 wherever it is; MKL, which is behind ``mm``, only on Intel's processors, and takes twice the time on others.
-    """
-    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(input, weight, None, "none", [], "")
-    return result

@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from graphopt import _compat
@@ -110,7 +109,7 @@ def lstm_backward(
     torch.mul(i, 1 - g * g, out=factors[:, :, 2])
     torch.mul(activated, o * (1 - o), out=factors[:, :, 3])
     at_output = torch.empty_like(grad_output) if projection is not None else grad_output.new_empty(0)
-    num = input.shape[1]
+    num, back = input.shape[1], weight_hh.t().contiguous()
     grad_c, grad_h = grad_cell.clone(), torch.zeros_like(hidden)
     forgets, into_cells, steps = f.unbind(0), into_cell.unbind(0), factors.unbind(0)
     for position in _order(len(input), not reverse):
@@ -124,7 +123,7 @@ def lstm_backward(
         step[:, :3].mul_(grad_c.unsqueeze(1))
         step[:, 3].mul_(grad_m)
         grad_c.mul_(forgets[position])
-        grad_h = step.view(num, -1) @ weight_hh
+        grad_h = _compat.onednn_linear(step.view(num, -1), back, None)
     return factors.flatten(2), grad_h, grad_c, at_output
 
 
@@ -163,8 +162,8 @@ def gru_backward(
     before = _before(output, hidden, reverse)
     shape = (*output.shape[:2], 3, output.shape[2])
     weight_ih, weight_hh, bias_ih, bias_hh = _padded(params)
-    from_input = F.linear(input, weight_ih, bias_ih).view(shape)
-    from_hidden = F.linear(before, weight_hh, bias_hh).view(shape)
+    from_input = _compat.onednn_linear(input, weight_ih, bias_ih).view(shape)
+    from_hidden = _compat.onednn_linear(before, weight_hh, bias_hh).view(shape)
     r, z = (from_input[:, :, :2] + from_hidden[:, :, :2]).sigmoid_().unbind(2)
     new_hidden = from_hidden[:, :, 2]
     n = torch.tanh(from_input[:, :, 2] + r * new_hidden)
@@ -176,11 +175,11 @@ def gru_backward(
     hidden_sides[:, :, 2].mul_(r)
     at_output = torch.empty_like(output)
     grad_h = torch.zeros_like(hidden)
-    num = input.shape[1]
+    num, back = input.shape[1], weight_hh.t().contiguous()
     for position in _order(len(input), not reverse):
         total = torch.add(grad_h, grad_output[position], out=at_output[position])
         step = hidden_sides[position].mul_(total.unsqueeze(1))
-        grad_h = torch.addmm(total * z[position], step.view(num, -1), weight_hh)
+        grad_h = _compat.onednn_linear(step.view(num, -1), back, None).addcmul_(total, z[position])
     sides.mul_(at_output.unsqueeze(2))
     return sides.flatten(2), hidden_sides.flatten(2), grad_h
 
@@ -202,10 +201,10 @@ def rnn_backward(
     Reference: Elman, "Finding structure in time", Cognitive Science 14(2), 1990.
     """
     factors = (output > 0).to(output.dtype) if relu else 1 - output * output
-    grad_h = torch.zeros_like(hidden)
+    grad_h, back = torch.zeros_like(hidden), weight_hh.t().contiguous()
     for position in _order(len(output), not reverse):
         step = factors[position].mul_(grad_h.add_(grad_output[position]))
-        grad_h = step @ weight_hh
+        grad_h = _compat.onednn_linear(step, back, None)
     return factors, grad_h
 
 
@@ -342,8 +341,8 @@ def _lstm_gates(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gates (T, N, 4, H) and cells (T, N, H), and the cells one step earlier."""
     weight_ih, weight_hh, bias_ih, bias_hh = _padded(params)
-    rows = F.linear(input, weight_ih, bias_ih)
-    rows += F.linear(before, weight_hh, bias_hh)
+    rows = _compat.onednn_linear(input, weight_ih, bias_ih)
+    rows += _compat.onednn_linear(before, weight_hh, bias_hh)
     gates = rows.unflatten(2, (4, -1))
     gates[:, :, :2].sigmoid_()
     gates[:, :, 2].tanh_()
