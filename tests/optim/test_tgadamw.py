@@ -28,16 +28,7 @@ from tests.optim.training import (
     train,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_kernels_from_elsewhere():
-    truegrad_update._compile_kernels.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    """Instead of the one for all tests: kernels are compiled once in a process, and nothing here compiles a model."""
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("own_kernels")
 
 
 class Reference:

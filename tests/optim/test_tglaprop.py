@@ -22,12 +22,6 @@ from tests.optim.training import (
 pytestmark = pytest.mark.usefixtures("own_kernels")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    """Instead of the one for all tests: kernels are compiled once in a process, and nothing here compiles a model."""
-    torch.manual_seed(0)
-
-
 class Reference:
     """The equations of the docstring for one parameter, in float64."""
 
