@@ -5,11 +5,13 @@ model = graphopt.transform(model)        # or torch.compile(model, backend="grap
 
 from graphopt import _compat as _compat  # first: it checks the torch version
 from graphopt import annotations as annotations
+from graphopt import nn as nn
 from graphopt import optim as optim
 from graphopt import passes as passes
 from graphopt.errors import GraphoptError as GraphoptError
 from graphopt.inspect.report import Report as Report
 from graphopt.inspect.report import explain as explain
+from graphopt.nn.patching import patch_model as patch_model
 from graphopt.transform import records as records
 from graphopt.transform import restore as restore
 from graphopt.transform import transform as transform

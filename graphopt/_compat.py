@@ -106,6 +106,12 @@ def is_split_for_ddp() -> bool:
     return getattr(context, "ddp_optimizer_ctx", None) is not None
 
 
+def composable_modules() -> list[torch.nn.Module]:
+    """All modules that `fully_shard` or its like were applied to, if one was."""
+    module = sys.modules.get("torch.distributed._composable_state")
+    return [] if module is None else list(module._module_state_mapping)
+
+
 def current_graph_task() -> int:
     """Number of the backward pass that is running on this thread, -1 outside one."""
     return torch._C._current_graph_task_id()
@@ -131,7 +137,7 @@ def register_inductor_decompositions(table: Mapping[torch._ops.OpOverload, Calla
     decomposition.fast_random_decomps.cache_clear()
 
 
-def one_symbolic_axis(num_axes: int, axis: int | None) -> object:
+def one_symbolic_axis(num_axes: int, axis: int | None) -> Any:
     """For ``FakeTensorMode.from_tensor``: all sizes fixed but that of ``axis``; equal sizes share a symbol, 0 and 1 are fixed."""
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
@@ -141,7 +147,7 @@ def one_symbolic_axis(num_axes: int, axis: int | None) -> object:
 
 def is_transformed(tensor: torch.Tensor) -> bool:
     """Whether a tensor stands for others: it is fake, or inside ``torch.func`` or ``torch.jit.trace``."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch.jit.is_tracing():
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._C._is_tracing():
         return True
     return type(tensor).__name__ == "FakeTensor"
 

@@ -1,0 +1,61 @@
+"""`patch_model` and `patch_torch`: the statistic for models that are written with ``torch.nn``, without a compiler."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from graphopt.errors import OptionError
+from graphopt.nn.truegrad_parameter import TrueGradParameter, enlist
+from graphopt.passes import TrueGrad
+from graphopt.transform import setup_of, transform
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_setups: WeakIdKeyDictionary = WeakIdKeyDictionary()  # patched model -> the setup it was patched with
+
+
+def patch_model(model: Model, recurse: bool = True) -> Model:
+    """Let the parameters of a model carry the statistic, in place and without a compiler.
+
+    The model is captured and rewritten as by `graphopt.transform`, and the rewritten graph runs as ordinary PyTorch operations.
+    ``Parameter`` objects, ties, ``requires_grad`` and optimizers that exist already stay as they are; ``isinstance(param,
+    graphopt.nn.TrueGradParameter)`` holds from now on. `graphopt.restore` undoes it.
+
+    Args:
+        model: any module; samples lie on the first axis of its inputs.
+        recurse: whether its submodules' parameters count too; if not, only the model's own do, and those of submodules that
+            have been patched before. A module without parameters of its own is left alone then.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        OptionError: ``model`` is no module.
+        GraphoptError: later, from the first call, if a parameter cannot be served; the error names it.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"patch_model takes a torch.nn.Module and got {type(model).__name__}")
+    if recurse:
+        chosen, where = dict(model.named_parameters()), None
+    else:
+        own = {id(param) for param in model.parameters(recurse=False)}
+        if not own:
+            return model
+        chosen = {
+            name: param
+            for name, param in model.named_parameters()
+            if id(param) in own or isinstance(param, TrueGradParameter)
+        }
+        where = tuple(chosen)
+    transform(model, [TrueGrad(where=where)], compiler="eager")
+    _setups[model] = setup_of(model)
+    for param in chosen.values():
+        enlist(param, model, _is_patched)
+    return model
+
+
+def _is_patched(model: nn.Module) -> bool:
+    return setup_of(model) is _setups.get(model)
