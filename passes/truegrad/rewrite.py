@@ -9,7 +9,8 @@ the parameter and the samples is applied to all of them at once.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,7 @@ from graphopt.passes.truegrad import (
     rules,  # noqa: F401  registers the rules
 )
 from graphopt.passes.truegrad._registry import ClosedForm, Declined, Refused, batched_rules, closed_rules
+from graphopt.passes.truegrad.collecting import collect_gradients
 from graphopt.passes.truegrad.editor import OPERATOR_NAMES, Editor
 from graphopt.passes.truegrad.rules.embedding import check as check_embedding
 from graphopt.passes.truegrad.rules.tied_embedding import is_tied_embedding, rewrite_tied_embedding
@@ -74,6 +76,8 @@ class Rewriter:
         statistics: Sequence[Key[Any]] = (SUM_GRAD_SQUARED,),
         per_token: bool = False,
         square_dtype: torch.dtype | None = None,
+        max_bytes: int = 2**27,
+        collected: Iterable[Node] = (),
     ) -> None:
         self.graph = graph
         self.editor = Editor(graph)
@@ -83,6 +87,9 @@ class Rewriter:
         self.wanted = ",".join(OPERATOR_NAMES[key] for key in statistics)
         self.per_token = per_token
         self.square_dtype = square_dtype
+        self.max_bytes = max_bytes
+        self.collected = set(collected)  # parameters that only `collecting` can serve
+        self.to_collect: set[Node] = set()  # parameters that turned out to be such
         self.coverage: dict[Node, Coverage] = {}
         self._closed: dict[Node, ClosedForm] = {}
         self._tangents: dict[Node, Node] = {}
@@ -239,8 +246,27 @@ class Rewriter:
         for param in batched:
             for use in self.uses.of[param]:
                 frontier[use.node].add(param)
+        order = [node for node in self.editor.graph.nodes if node in frontier]
+        for together in self._connected(batched, frontier):
+            nodes = [node for node in order if frontier[node] & together]
+            if not self._collect(together, nodes):
+                self._batch_in_memory(together, nodes, frontier)
+        return len(frontier)
+
+    def _connected(self, batched: set[Node], frontier: dict[Node, set[Node]]) -> list[set[Node]]:
+        """Parameters that share an operator or a value belong together."""
+        links = [*frontier.values(), *(set(params) & batched for params in self.uses.params.values())]
+        groups: list[set[Node]] = [{param} for param in self.uses.of if param in batched]
+        for link in links:
+            touched = [group for group in groups if group & link]
+            if len(touched) > 1:
+                groups = [group for group in groups if group not in touched] + [set().union(*touched)]
+        return groups
+
+    def _batch_in_memory(self, together: set[Node], nodes: list[Node], frontier: dict[Node, set[Node]]) -> None:
+        """Rewrite operators so that all per-sample gradients arrive at the same time."""
         failed: dict[Node, str] = {}
-        for node in [node for node in self.editor.graph.nodes if node in frontier]:
+        for node in nodes:
             with self.editor.before(node):
                 try:
                     new = self._batched_node(node)
@@ -251,11 +277,35 @@ class Rewriter:
             if isinstance(new, Declined):
                 for param in frontier[node]:
                     failed.setdefault(param, f"{describe(node)}: {new.reason}")
+                if not isinstance(new, Refused) and not (together & self.collected) and self._may_collect():
+                    self.to_collect |= together
                 continue
             self.replace(node, new)
             self.editor.graph.erase_node(node)
         self.uses.problems.update(failed)
-        return len(frontier)
+
+    def _may_collect(self) -> bool:
+        return not self.per_token and SUM_POSITION_GRAD_SQUARED not in self.statistics
+
+    def _collect(self, together: set[Node], nodes: list[Node]) -> bool:
+        """Serve parameters by `ops.collect`, if their per-sample gradients are too large or it is the only way."""
+        size = sum(_hint(self._nums[param], self.graph) * self._bytes(param) for param in together)
+        forced = bool(together & self.collected)
+        large = size > self.max_bytes and not any(self._is_lookup(param) for param in together)
+        if not self._may_collect() or not (forced or large):
+            return False
+        params = [param for param in self.uses.of if param in together]
+        problem = collect_gradients(params, nodes, self, self.max_bytes)
+        if isinstance(problem, Declined):
+            if forced:
+                self.uses.problems.update(dict.fromkeys(together, problem.reason))
+            return forced
+        for param in params:
+            row = self.coverage[param]
+            reason = row.reason.replace("per_sample at", "per_sample in slices, at")
+            size = min(row.extra_bytes, self.max_bytes)
+            self.coverage[param] = replace(row, status=Status.FALLBACK, reason=reason, extra_bytes=size)
+        return True
 
     def _batched_node(self, node: Node) -> Node | Declined:
         if node.target in batched_rules:
@@ -365,7 +415,12 @@ class Rewriter:
     # Bookkeeping -------------------------------------------------------------------------------------------------------------
 
     def _num_samples(self, found: list[Use]) -> Size:
-        nums = {layout.num for use in found if isinstance(layout := self.layouts.get(use.node), SampleAxis)}
+        nums = set()
+        for use in found:
+            layouts = self.layouts.get(use.node)
+            for layout in layouts if isinstance(layouts, list) else [layouts]:  # a list for several results
+                if isinstance(layout, SampleAxis):
+                    nums.add(layout.num)
         return nums.pop() if nums else cast(Size, 1)
 
     def _count(self, param: Node) -> Size:
@@ -409,7 +464,7 @@ class Rewriter:
 
     def _bytes(self, param: Node) -> int:
         value = cast(Tensor, param.meta["val"])
-        return int(value.numel()) * 4
+        return int(value.numel()) * torch.promote_types(value.dtype, torch.float32).itemsize
 
 
 class _Unserved(Exception):

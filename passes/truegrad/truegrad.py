@@ -54,6 +54,8 @@ class TrueGrad(Pass):
         statistics: names of the annotations to provide from the one backward pass: always ``"sum_grad_squared"``, and as asked
             for ``"sample_grad_norm"`` (the norm of each sample's gradient) and ``"sum_position_grad_squared"``. ``grad_variance``
             and ``grad_snr`` follow from the first and cost nothing.
+        max_bytes: memory that the per-sample gradients of parameters without a closed form (tied, computed with) may take at a
+            time; where they need more they are made in slices of samples, which is slower.
 
     Raises:
         UnsupportedError: from the first call of the model, naming every parameter that cannot be served, and why.
@@ -65,6 +67,7 @@ class TrueGrad(Pass):
     unsupported: Literal["error", "skip"] = "error"
     square_dtype: torch.dtype | None = None
     statistics: tuple[str, ...] = (SUM_GRAD_SQUARED.name,)
+    max_bytes: int = 2**27
 
     name: ClassVar[str] = "truegrad"
     provides: ClassVar[frozenset[Key[Any]]] = frozenset({SUM_GRAD_SQUARED, NUM_SAMPLES, GRAD_VARIANCE, GRAD_SNR})
@@ -77,6 +80,8 @@ class TrueGrad(Pass):
         ):
             if value not in allowed:
                 raise OptionError(f"TrueGrad({option}={value!r}): it is one of {list(allowed)}")
+        if self.max_bytes < 1:
+            raise OptionError(f"TrueGrad(max_bytes={self.max_bytes}): it is a number of bytes, at least 1")
         if self.square_dtype is not None and not self.square_dtype.is_floating_point:
             raise OptionError(f"TrueGrad(square_dtype={self.square_dtype}): it is a floating-point dtype")
         object.__setattr__(self, "statistics", self._checked_statistics())
@@ -119,7 +124,9 @@ class TrueGrad(Pass):
             return PassResult(graph, changed, ("one sample: its squared gradient is the statistic",), (*found, *rows))
         return self._rewrite(graph, tracked, rows)
 
-    def _rewrite(self, graph: CapturedGraph, tracked: list[Node], rows: list[Coverage]) -> PassResult:
+    def _rewrite(
+        self, graph: CapturedGraph, tracked: list[Node], rows: list[Coverage], collected: frozenset[str] = frozenset()
+    ) -> PassResult:
         names = {node: described.name for node, described in zip(graph.placeholders, graph.inputs, strict=True)}
         layouts = find_sample_axes(graph)
         outputs = [layouts.get(value) for value in graph.output_nodes]
@@ -127,8 +134,14 @@ class TrueGrad(Pass):
         pristine = graph.copy()
         uses = find_uses(graph, layouts, tracked)
         options: dict[str, Any] = {"per_token": self.per == "token", "square_dtype": self.square_dtype}
-        rewriter = Rewriter(graph, layouts, uses, statistics=self._keys, **options)
+        again = [node for node in tracked if names[node] in collected]
+        rewriter = Rewriter(
+            graph, layouts, uses, statistics=self._keys, max_bytes=self.max_bytes, collected=again, **options
+        )
         changed = rewriter.run()
+        if rewriter.to_collect:  # what has no rule, and what vmap cannot batch inside the graph
+            collected |= {names[node] for node in rewriter.to_collect}
+            return self._rewrite(pristine, _find(pristine, {names[node] for node in tracked}), rows, collected)
         if uses.problems:
             problems = {names[param]: problem for param, problem in uses.problems.items()}
             if self.unsupported == "error":
@@ -138,16 +151,11 @@ class TrueGrad(Pass):
                 for param, name in names.items()
                 if name in problems
             ]
-            wanted = {names[node] for node in tracked}
-            kept = [
-                node
-                for node, described in zip(pristine.placeholders, pristine.inputs, strict=True)
-                if described.name not in problems and described.name in wanted
-            ]
+            kept = _find(pristine, {names[node] for node in tracked} - problems.keys())
             if not kept:
                 return PassResult(pristine, 0, coverage=(*skipped, *rows))
-            again = self._rewrite(pristine, kept, [])
-            return PassResult(again.graph, again.num_changed, again.notes, (*again.coverage, *skipped, *rows))
+            rest = self._rewrite(pristine, kept, [], collected)
+            return PassResult(rest.graph, rest.num_changed, rest.notes, (*rest.coverage, *skipped, *rows))
         graph.output_sample_axes = axes
         return PassResult(graph, changed, coverage=(*rewriter.coverage.values(), *rows))
 
@@ -194,6 +202,12 @@ class TrueGrad(Pass):
             return bool(self.where(name, value))
         patterns = [self.where] if isinstance(self.where, str) else self.where
         return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _find(graph: CapturedGraph, names: set[str]) -> list[Node]:
+    """The placeholders of parameters with these names."""
+    entries = zip(graph.placeholders, graph.inputs, strict=True)
+    return [node for node, described in entries if described.name in names and described.companion_of is None]
 
 
 def _explain(problems: dict[str, str]) -> str:

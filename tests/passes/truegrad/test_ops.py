@@ -27,6 +27,11 @@ def all_of(num, *shape):
 
 
 ALL = "square,norm,position"
+PROGRAM = """
+def forward(self, p0, o0):
+    return [torch.ops.aten.linear.default(o0, p0)]
+"""
+COLLECTED = ([3, 4, 3, 2, 3, 4, 3, 5], "float32,float32", [0, 1, 1, 0, 1, 1], 1, 4, 100)
 IDS = torch.tensor([[0, 1, 1], [2, 0, 3]])
 
 SAMPLE_INPUTS = {
@@ -58,11 +63,16 @@ SAMPLE_INPUTS = {
     "per_position": [(leaf(3), companion(3), [4, 2, 3]), (leaf(2, 1), companion(2, 1), [4, 2, 3])],
     "position_squares": [(companion(3), torch.randn(3), [4, 2, 3])],
     "with_tangent": [(leaf(3, 2), leaf(3, 2))],
+    "collect": [([leaf(2, 5)], [companion(2, 5), companion(4)], "square,norm", PROGRAM, *COLLECTED)],
+    "deliver": [(leaf(4, 3, 2), [leaf(4, 3, 2), leaf(4, 3, 5)], [torch.randn(4, 3, 5)])],
+    "collected_gradients": [
+        ([torch.randn(4, 3, 2), torch.randn(4, 3, 5)], [leaf(2, 5)], "square,norm", PROGRAM, *COLLECTED[1:])
+    ],
 }
 CASES = [
     pytest.param(name, args, id=f"{name}-{i}") for name, cases in SAMPLE_INPUTS.items() for i, args in enumerate(cases)
 ]
-NOT_DIFFERENTIABLE = ("sums", "embedding_sums")  # they run inside backward
+NOT_DIFFERENTIABLE = ("sums", "embedding_sums", "collected_gradients")  # they run inside backward
 
 
 def test_every_registered_operator_is_tested():
