@@ -35,8 +35,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _OLDEST_CARD = (8, 0)  # the first whose matrix units take bfloat16
 # In float32 without tf32: beyond so many positions the products, at a third of cuBLAS's rate or so, cost more than is saved.
 _MOST_POSITIONS_IEEE = 64
-_LEAST_FILLED = 0.25  # of the card, where samples are long: else bmm, which can cut the positions of a sample into pieces
-_LONG = 1024
+# Where less than this part of the card would be filled, and samples are this long: bmm can cut a sample's positions into pieces.
+_LEAST_FILLED, _LONG = 0.25, 1024
 
 # In positions of one sample; see the module's docstring.
 _COST_OF_SQUARING = 16
@@ -158,6 +158,7 @@ def triton_sums(grad: Tensor, input: Tensor, want_norms: bool) -> tuple[Tensor, 
             GROUP=_GROUP,
             num_warps=plan.tile.warps,
             num_stages=plan.tile.stages,
+            enable_fp_fusion=True,  # the default, but triton 3.9 warns that the next one's will differ
         )
     if plan.splits > 1:
         total, squares = total.sum(0), squares.sum(0)
@@ -238,12 +239,10 @@ def candidates(
         block_o, block_i = min(block_o, _power_of_two(outputs)), min(block_i, _power_of_two(inputs))
         return Tile(block_o, block_i, min(depth, _power_of_two(positions)), warps, 3, residents, efficiency)
 
+    reads_shared = card.capability[0] in (9, 10)  # its matrix units do: registers are left for the accumulators
     if vectors and not in_registers:
-        if card.capability[0] in (9, 10):  # matrix units that read shared memory: registers are left for accumulators
-            yield tile(128, 128, 8, 1, 1.0)
-        else:
-            yield tile(128, 64, 8, 1, 1.0)
-    yield tile(64, 64, 8 if in_registers or not vectors else 4, 2, 0.6)
+        yield tile(128, 128 if reads_shared else 64, 8, 1, 1.0)
+    yield tile(64, 64, 4 if vectors and not in_registers and reads_shared else 8, 2, 0.6)
 
 
 def _blocks(size: int, block: int) -> int:
@@ -259,8 +258,9 @@ def _vector(tensor: Tensor) -> int:
     """Elements of a 16-byte load if every load of so many features can be one, else 1."""
     width = _VECTOR_BYTES // tensor.element_size()
     sizes = (*tensor.stride()[:2], tensor.shape[2])
-    whole = tensor.stride(2) == 1 and tensor.data_ptr() % _VECTOR_BYTES == 0 and all(size % width == 0 for size in sizes)
-    return width if whole else 1
+    if tensor.stride(2) != 1 or tensor.data_ptr() % _VECTOR_BYTES:
+        return 1
+    return width if all(size % width == 0 for size in sizes) else 1
 
 
 # --- what it runs on ------------------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def _card(device: torch.device) -> Card:
 
 
 def _tf32() -> bool:
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 
-
 # These change from batch to batch. No specialization on their values: a kernel is compiled for a layer, not for a batch.
 @triton.jit(
     do_not_specialize=[
@@ -63,15 +62,13 @@ def sums_kernel(
     o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
     i = tile_i * BLOCK_I + tl.arange(0, BLOCK_I)
     s = tl.arange(0, BLOCK_S)
-    # Masks that are equal over a vector, and strides known to be multiples of it: only then does the compiler load vectors.
+    # Masks that are equal over a vector, and strides seen to be multiples of it: only then does the compiler
+    # load and store vectors. (tl.multiple_of has no effect on arguments.)
     inside_O = (o // VECTOR_O < outputs // VECTOR_O)[:, None]
     inside_I = (i // VECTOR_I < inputs // VECTOR_I)[None, :]
-    if VECTOR_O > 1:
-        grad_stride_n = tl.multiple_of(grad_stride_n, VECTOR_O)
-        grad_stride_s = tl.multiple_of(grad_stride_s, VECTOR_O)
-    if VECTOR_I > 1:
-        input_stride_n = tl.multiple_of(input_stride_n, VECTOR_I)
-        input_stride_s = tl.multiple_of(input_stride_s, VECTOR_I)
+    grad_stride_n, grad_stride_s = grad_stride_n // VECTOR_O * VECTOR_O, grad_stride_s // VECTOR_O * VECTOR_O
+    input_stride_n, input_stride_s = input_stride_n // VECTOR_I * VECTOR_I, input_stride_s // VECTOR_I * VECTOR_I
+    inputs = inputs // VECTOR_I * VECTOR_I
     # 64-bit: a batch may well have more than 2^31 elements, and positions may be further apart than samples.
     grad_OS = grad + o[:, None].to(tl.int64) * grad_stride_o + s[None, :].to(tl.int64) * grad_stride_s
     input_SI = input + s[:, None].to(tl.int64) * input_stride_s + i[None, :].to(tl.int64) * input_stride_i
