@@ -14,6 +14,7 @@ from graphopt.capture import CapturedGraph, InputKind
 from graphopt.errors import SampleAxisError
 from graphopt.inspect.location import describe
 from graphopt.passes.truegrad import axes, rules  # noqa: F401  register the axis rules
+from graphopt.passes.truegrad.axes.indexing import RAGGED_BAGS
 from graphopt.passes.truegrad.sample_axis import (
     FREE,
     Free,
@@ -97,9 +98,11 @@ class _Propagation:
         if not known:
             lost = next((layout for layout in inputs if isinstance(layout, Lost)), None)
             return lost if lost is not None else self._fresh(node, value)
-        if {layout.num for layout in known} != {known[0].num}:
-            self._refuse(node, known)
         op = cast(Any, node.target).overloadpacket.__name__
+        if {layout.num for layout in known} != {known[0].num}:
+            if op == "embedding_bag":  # indices and offsets of different lengths
+                return Lost(node, RAGGED_BAGS)
+            self._refuse(node, known)
         if op in _CREATIONS:
             return self._fresh(node, value)
         if op in axis_rules:

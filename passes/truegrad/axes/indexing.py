@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
+import sympy
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from graphopt.passes.truegrad.sample_axis import Free, Known, Layout, Lost, SampleAxis, axis_rule, value_of
+from graphopt.passes.truegrad.sample_axis import (
+    Free,
+    Known,
+    Layout,
+    Lost,
+    SampleAxis,
+    Size,
+    argument_of,
+    axis_rule,
+    shape_of,
+    size_of,
+    value_of,
+)
+
+RAGGED_BAGS = (
+    "bags of different lengths (offsets). Give the bags as a matrix of indices, one row for each sample, filled up with "
+    "padding_idx: embedding_bag(indices_2d, table, padding_idx=...)"
+)
 
 
 @axis_rule("embedding")
@@ -33,15 +52,52 @@ def index_select(node: Node, value: Tensor, known: Known) -> Layout:
     return Lost(node, "samples are reordered")
 
 
-@axis_rule("gather", "take_along_dim")
+@axis_rule("gather", "take_along_dim", "take")
 def gather(node: Node, value: Tensor, known: Known) -> Layout:
-    """Each row picks from its own."""
-    dim = cast(int, node.args[1]) % value.ndim
-    layout, indices = known.layout(node.args[0]), known.layout(node.args[2])
-    axis = layout if isinstance(layout, SampleAxis) else indices
-    if isinstance(axis, SampleAxis) and axis.axis != dim and isinstance(indices, SampleAxis):
-        return axis.at(axis.axis)
-    return Lost(node, "samples are reordered")
+    """Each row picks from its own, or from a table without samples."""
+    op = cast(Any, node.target).overloadpacket.__name__
+    indices_at, dim_at = (2, 1) if op == "gather" else (1, 2)
+    layout, indices = known.layout(node.args[0]), known.layout(node.args[indices_at])
+    if not isinstance(indices, SampleAxis):
+        return Lost(node, "samples are reordered")
+    if isinstance(layout, Free):
+        shift = value.ndim - value_of(node.args[indices_at]).ndim  # take_along_dim broadcasts
+        return indices.at(indices.axis + shift)
+    dim = argument_of(node, dim_at, "dim")
+    if op == "take" or dim is None or not isinstance(layout, SampleAxis):
+        return Lost(node, "samples are reordered")
+    same = layout.at(layout.axis) == indices.at(indices.axis)
+    return indices.at(indices.axis) if same and layout.axis != dim % value.ndim else Lost(node, "samples are reordered")
+
+
+@axis_rule("embedding_bag")
+def embedding_bag(node: Node, value: Tensor, known: Known) -> Layout:
+    """Bags of one length, as a matrix of indices gives: each bag takes the place of its rows."""
+    layout = known.layout(node.args[1])
+    length = bag_length(node)
+    if length is None or not isinstance(layout, SampleAxis):
+        return Lost(node, RAGGED_BAGS)
+    if isinstance(known.layout(node.args[0]), SampleAxis):
+        return Lost(node, "a table that differs from sample to sample")
+    inner = sympy.cancel(layout.inner / length)
+    if layout.axis != 0 or inner.as_numer_denom()[1] != 1:
+        return Lost(node, "bags cut through samples")
+    # Beside the bags, the operator returns what its backward needs; only maxima have a row for each bag.
+    is_row_of_bag = value.ndim > 0 and shape_of(value)[0] == layout.outer * layout.num * inner
+    return replace(layout.at(0), inner=inner) if is_row_of_bag else Lost(node, "numbers that only its backward needs")
+
+
+def bag_length(node: Node) -> Size | None:
+    """How many indices each bag of an ``embedding_bag`` holds, if all hold as many; ``None`` if the graph does not say."""
+    offsets, include_last_offset = node.args[2], argument_of(node, 7, "include_last_offset", False)
+    if include_last_offset or not isinstance(offsets, Node) or offsets.target is not torch.ops.aten.arange.start_step:
+        return None
+    start, end, step = cast(Any, offsets.args[:3])
+    start, end, step = (
+        size_of(item.meta["val"]) if isinstance(item, Node) else sympy.sympify(item) for item in (start, end, step)
+    )
+    whole = start == 0 and end == shape_of(value_of(node.args[1]))[0]
+    return step if whole else None
 
 
 @axis_rule("index", "_unsafe_index")

@@ -24,6 +24,11 @@ from graphopt.passes.truegrad.sample_axis import SampleAxis
 
 aten = torch.ops.aten
 
+REFUSED_SPARSE = "its gradient is sparse, and the statistic is dense: build it with sparse=False"
+REFUSED_SCALE = (
+    "it scales gradients by how often a row occurs in the whole batch: build it with scale_grad_by_freq=False"
+)
+
 SAMPLES = (
     lambda: (nn.Embedding(5, 3), torch.randint(0, 5, (4, 6))),
     lambda: (nn.Embedding(5, 3), torch.randint(0, 5, (4,))),
@@ -44,9 +49,7 @@ def embedding(node: Node, context: Context) -> ClosedForm | Declined:
 
     def emit() -> Node:
         table, indices, padding_idx = cast(Any, check(node))  # again: other rules may have replaced them
-        rows = context.editor.rows(layout)
-        tail = (context.wanted, indices, padding_idx, layout.axis, *rows, context.per_token)
-        return context.editor.call(torch.ops.graphopt.embedding.default, table, context.companions(table), *tail)
+        return emit_embedding(context, table, indices, layout, padding_idx)
 
     looked_up = node.meta["val"].numel()
     count = int(looked_up.node.hint) if isinstance(looked_up, torch.SymInt) else int(looked_up)
@@ -60,23 +63,46 @@ def embedding_batched(node: Node, context: Context) -> Node | Declined:
     if isinstance(checked, Declined):
         return checked
     table, indices, padding_idx = checked
-    layout = context.sample_axis(indices)
+    editor = context.editor
+    found = emit_own_rows(context, context.tangent(table), indices, context.sample_axis(indices), padding_idx)
+    value = editor.call(aten.embedding.default, editor.detached(table), indices, padding_idx)
+    return editor.call(torch.ops.graphopt.with_tangent.default, value, found)
+
+
+def emit_embedding(context: Context, table: Node, indices: Node, layout: SampleAxis, padding_idx: int = -1) -> Node:
+    """``graphopt::embedding`` with all statistics of the table; other rules express themselves in it.
+
+    Args:
+        context: of the rewrite.
+        table: (V, D), a view of a parameter (see `Uses.extend` for views that a rule makes).
+        indices: with samples as ``layout`` says; none negative.
+        layout: where the samples are in ``indices``.
+        padding_idx: the row that learns nothing, -1 for none.
+    """
+    tail = (context.wanted, indices, padding_idx, layout.axis, *context.editor.rows(layout), context.per_token)
+    return context.editor.call(torch.ops.graphopt.embedding.default, table, context.companions(table), *tail)
+
+
+def emit_own_rows(context: Context, tables: Node, indices: Node, layout: SampleAxis, padding_idx: int = -1) -> Node:
+    """(N, V, D), and indices as in `emit_embedding` -> (*indices.shape, D): each sample looks up rows of its own table."""
+    editor, (outer, num, inner) = context.editor, context.editor.rows(layout)
+    device = indices.meta["val"].device
+    start = editor.call(aten.mul.Tensor, editor.call(aten.arange.default, num, device=device), _rows(tables))
     if not layout.is_plain:
-        return Declined("samples are interleaved with other rows")
-    editor, tangent = context.editor, context.tangent(table)
-    num, num_rows = editor.size(layout.num), table.meta["val"].shape[0]
+        start = editor.call(aten.expand.default, editor.call(aten.view.default, start, [1, -1, 1]), [outer, num, inner])
+        start = editor.call(aten.reshape.default, start, [-1])
     shape = [1] * indices.meta["val"].ndim
     shape[layout.axis] = -1
-    offset = editor.call(
-        aten.mul.Tensor, editor.call(aten.arange.default, num, device=indices.meta["val"].device), num_rows
-    )
-    own = editor.call(aten.add.Tensor, indices, editor.call(aten.view.default, offset, shape))
-    found = editor.call(aten.embedding.default, editor.call(aten.flatten.using_ints, tangent, 0, 1), own)
+    own = editor.call(aten.add.Tensor, indices, editor.call(aten.view.default, start, shape))
+    found = editor.call(aten.embedding.default, editor.call(aten.flatten.using_ints, tables, 0, 1), own)
     if padding_idx >= 0:
         keep = editor.call(aten.unsqueeze.default, editor.call(aten.ne.Scalar, indices, padding_idx), -1)
         found = editor.call(aten.mul.Tensor, found, keep)
-    value = editor.call(aten.embedding.default, editor.detached(table), indices, padding_idx)
-    return editor.call(torch.ops.graphopt.with_tangent.default, value, found)
+    return found
+
+
+def _rows(tables: Node) -> int:
+    return int(tables.meta["val"].shape[1])
 
 
 def check(node: Node) -> tuple[Node, Node, int] | Declined:
@@ -85,9 +111,7 @@ def check(node: Node) -> tuple[Node, Node, int] | Declined:
     defaults: tuple[Any, ...] = (-1, False, False)
     table, indices, padding_idx, scale, sparse = (*given, *defaults[len(given) - 2 :])
     if sparse:
-        return Refused("its gradient is sparse, and the statistic is dense: build it with sparse=False")
+        return Refused(REFUSED_SPARSE)
     if scale:
-        return Refused(
-            "it scales gradients by how often a row occurs in the whole batch: build it with scale_grad_by_freq=False"
-        )
+        return Refused(REFUSED_SCALE)
     return table, indices, padding_idx
