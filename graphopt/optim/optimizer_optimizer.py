@@ -97,11 +97,11 @@ class OptimizerOptimizer(WrappingOptimizer):
         for (_, param), state, step in zip(entries, states, steps, strict=True):
             if "lr_factor" not in state:
                 state["lr_factor"] = torch.ones((), dtype=state_dtype(param), device=param.device)
-                state["previous_step"] = torch.zeros_like(step)
+                state["previous_update"] = torch.zeros_like(step)
         alphas = [state["lr_factor"] * float(group["lr"]) for (group, _), state in zip(entries, states, strict=True)]
         torch._foreach_mul_(steps, alphas)
         rates = [alpha * inner_rates[id(param)] for alpha, (_, param) in zip(alphas, entries, strict=True)]
-        previous = [state["previous_step"] for state in states]
+        previous = [state["previous_update"] for state in states]
         for (group, param), state, product in zip(entries, states, torch._foreach_mul(steps, previous), strict=True):
             inner_rate = inner_rates[id(param)]
             if inner_rate:

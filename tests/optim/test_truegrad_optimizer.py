@@ -245,6 +245,7 @@ def test_trains_a_model(cls, preconditioner, model):
 # -- another provider
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # BackPACK hooks the first layer, too
 @every_optimizer
 def test_statistics_of_backpack(cls):
     """BackPACK assigns ``p.sum_grad_squared``: the sum over samples, without a count."""
