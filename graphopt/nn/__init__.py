@@ -18,12 +18,6 @@ from typing import Any
 import torch.nn as _torch_nn
 
 from graphopt.nn import composite as _composite
-from graphopt.nn.attention import MultiheadAttention as MultiheadAttention
-from graphopt.nn.attention import Transformer as Transformer
-from graphopt.nn.attention import TransformerDecoder as TransformerDecoder
-from graphopt.nn.attention import TransformerDecoderLayer as TransformerDecoderLayer
-from graphopt.nn.attention import TransformerEncoder as TransformerEncoder
-from graphopt.nn.attention import TransformerEncoderLayer as TransformerEncoderLayer
 from graphopt.nn.layers import BatchNorm1d as BatchNorm1d
 from graphopt.nn.layers import BatchNorm2d as BatchNorm2d
 from graphopt.nn.layers import BatchNorm3d as BatchNorm3d
@@ -69,6 +63,12 @@ from graphopt.nn.recurrent import RNN as RNN
 from graphopt.nn.recurrent import GRUCell as GRUCell
 from graphopt.nn.recurrent import LSTMCell as LSTMCell
 from graphopt.nn.recurrent import RNNCell as RNNCell
+from graphopt.nn.transformer import MultiheadAttention as MultiheadAttention
+from graphopt.nn.transformer import Transformer as Transformer
+from graphopt.nn.transformer import TransformerDecoder as TransformerDecoder
+from graphopt.nn.transformer import TransformerDecoderLayer as TransformerDecoderLayer
+from graphopt.nn.transformer import TransformerEncoder as TransformerEncoder
+from graphopt.nn.transformer import TransformerEncoderLayer as TransformerEncoderLayer
 from graphopt.nn.truegrad_parameter import TrueGradParameter as TrueGradParameter
 
 modules: tuple[type[_torch_nn.Module], ...] = (

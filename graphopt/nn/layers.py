@@ -6,7 +6,7 @@ statistic beside the gradients. What is written here is only where the samples a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as _NonDynam
 
 from graphopt.errors import UnsupportedError
 from graphopt.nn.mirror import Arrangement, Mirror
+
+if TYPE_CHECKING:
+    from torch.nn.modules.batchnorm import _BatchNorm
+else:
+    _BatchNorm = object  # a mixin, as `Mirror`
 
 
 class Linear(Mirror, nn.Linear):
@@ -165,19 +170,37 @@ class GroupNorm(Mirror, nn.GroupNorm):
     """`torch.nn.GroupNorm`."""
 
 
-class BatchNorm1d(Mirror, nn.BatchNorm1d):
+class _OverSamples(Mirror, _BatchNorm):
+    """Batch normalisation. A sample contributes the terms of its own rows, the statistics of the batch taken as given."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        tracks = self.training and self.num_batches_tracked is not None
+        if self.momentum is not None or not tracks or torch.compiler.is_compiling():
+            return super().forward(input)
+        self.momentum = 0.0  # the average over all batches has a weight that the trace cannot know: it is taken here
+        try:
+            result: Tensor = super().forward(input)
+        finally:
+            self.momentum = None
+        with torch.no_grad():
+            weight = 1.0 / float(self.num_batches_tracked)
+            F.batch_norm(input, self.running_mean, self.running_var, training=True, momentum=weight)
+        return result
+
+
+class BatchNorm1d(_OverSamples, nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d`. A sample contributes the terms of its own rows, the statistics of the batch taken as given."""
 
 
-class BatchNorm2d(Mirror, nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d`. A sample contributes the terms of its own rows, the statistics of the batch taken as given."""
+class BatchNorm2d(_OverSamples, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d`, as `BatchNorm1d`."""
 
 
-class BatchNorm3d(Mirror, nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d`. A sample contributes the terms of its own rows, the statistics of the batch taken as given."""
+class BatchNorm3d(_OverSamples, nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d`, as `BatchNorm1d`."""
 
 
-class SyncBatchNorm(Mirror, nn.SyncBatchNorm):
+class SyncBatchNorm(_OverSamples, nn.SyncBatchNorm):
     """`torch.nn.SyncBatchNorm` as long as there is one process; with several it is refused."""
 
     def _arrange(self, arguments: dict[str, Any]) -> Arrangement:

@@ -76,13 +76,20 @@ class _Call:
         self, module: nn.Module, forward: Forward, arguments: dict[str, Any], axes: Mapping[str, int | None]
     ) -> None:
         self.module, self.forward, self.arguments = module, forward, arguments
-        self.names, self.owned = _owned(module)
-        self.num_params = sum(isinstance(tensor, nn.Parameter) for tensor in self.owned)
+        params, buffers = _owned(module)
+        self.names, self.owned = [name for name, _ in params + buffers], [tensor for _, tensor in params + buffers]
+        self.num_params = len(params)
         self.tensors: list[Tensor] = []
         self.axes: list[int | None] = []
-        self.is_plain = not any(tensor.requires_grad for tensor in self.owned[: self.num_params])
+        # Tensors in place of parameters, by `torch.func.functional_call`, have no statistic.
+        self.is_plain = not (
+            any(param.requires_grad for _, param in params)
+            and all(isinstance(param, nn.Parameter) for _, param in params)
+        )
         if self.is_plain:
             return
+        if module._modules:
+            self._refuse_hooks()
         facts: list[Any] = [(name, self._describe(value, axes.get(name))) for name, value in arguments.items()]
         sizes = self.sample_sizes()
         groups = tuple(size if size < 2 else sizes.index(size) + 2 for size in sizes)
@@ -137,6 +144,15 @@ class _Call:
 
     def __repr__(self) -> str:
         return f"{type(self.module).__name__}({', '.join(self.arguments)})"
+
+    def _refuse_hooks(self) -> None:
+        for name, child in self.module.named_modules():
+            hooks = (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks)
+            if child is not self.module and any(hooks):
+                raise UnsupportedError(
+                    f"{name} in a {type(self.module).__name__} of graphopt.nn has hooks, which would run while the layer is traced "
+                    "and never again. Register them on the layer itself, or use graphopt.transform(model)"
+                )
 
     def _describe(self, value: Any, axis: int | None) -> Any:
         """What the trace depends on; tensors are collected on the way."""
@@ -256,8 +272,13 @@ def _capture(call: _Call) -> tuple[list[Any], pytree.TreeSpec, list[tuple[int, i
     node = graph.call_function(function, tuple(graph.find_nodes(op="placeholder")))
     node.meta["stack_trace"] = _stack_trace()
     graph.output(node)
-    captured = lower(GraphModule(nn.Module(), graph), inputs)
+    with torch.autograd.graph.saved_tensors_hooks(_keep, _keep):  # activation checkpointing counts what a forward saves
+        captured = lower(GraphModule(nn.Module(), graph), inputs)
     return result["leaves"], result["spec"], places, captured
+
+
+def _keep(value: Any) -> Any:
+    return value
 
 
 class _LowerRecurrent(TorchFunctionMode):
@@ -289,15 +310,12 @@ def _guard(captured: CapturedGraph, num_sizes: int) -> Callable[..., bool] | Non
     return cast(Callable[..., bool], sympy.lambdify(symbols, sympy.And(*conditions), modules="math"))
 
 
-def _owned(module: nn.Module) -> tuple[list[str], list[Tensor]]:
-    """Names and tensors of parameters, then of buffers."""
+def _owned(module: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+    """Parameters and buffers, by name."""
     if module._modules:
-        pairs = [*module.named_parameters(), *module.named_buffers()]
-    else:
-        pairs = [
-            (n, t) for tensors in (module._parameters, module._buffers) for n, t in tensors.items() if t is not None
-        ]
-    return [name for name, _ in pairs], [tensor for _, tensor in pairs]
+        return list(module.named_parameters()), list(module.named_buffers())
+    params = [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None]
+    return params, [(name, tensor) for name, tensor in module._buffers.items() if tensor is not None]
 
 
 def _config(module: nn.Module) -> Any:

@@ -91,6 +91,15 @@ class Statistic:
         if norms is not None:
             self._entered_norms.append((call, norms))
 
+    def eager_call(self) -> tuple[str, int] | None:
+        """The module that saw the running pass, if it saw nothing else of the model, and how many samples it counted."""
+        names = [frame.removeprefix(EAGER_CALL).rpartition(" ")[0] for frame in self._frames if frame.startswith(EAGER_CALL)]
+        return (names[0], self._entered) if len(names) == len(self._frames) == 1 else None
+
+    def refuse(self, problem: str) -> None:
+        """Publish with an error in place of the value."""
+        self._problem = problem
+
     def leave(self, task: int) -> None:
         """The backward pass has ended: publish what it added, unless it asked for other gradients than this one."""
         param = self._param()
@@ -115,10 +124,13 @@ class Statistic:
             return False
         if grad is before and grad._version == version:
             return False
+        self._add_entered(param)
+        return True
+
+    def _add_entered(self, param: Tensor) -> None:
         self.num_samples += self._entered
         if len(self._frames) > 1:
             self._problem = _squared_too_early(param, self._frames)
-        return True
 
     def _has_gradient(self, param: Tensor) -> bool:
         return param.grad is not None
@@ -187,8 +199,24 @@ def enter_backward(entries: Iterable[Entry], frame: str, call: int) -> None:
 
 
 def _leave_backward(task: int) -> None:
-    for statistic in _running.pop(task, []):
+    statistics = _running.pop(task, [])
+    _compare_calls(statistics)
+    for statistic in statistics:
         statistic.leave(task)
+
+
+def _compare_calls(statistics: list[Statistic]) -> None:
+    """Calls that see one module each must agree on how many samples a backward pass has; a whole graph knows."""
+    calls = [(statistic, *call) for statistic in statistics if (call := statistic.eager_call()) is not None]
+    if len({num_samples for _, _, num_samples in calls}) > 1:
+        counts = ", ".join(sorted({f"{name} {num_samples}" for _, name, num_samples in calls}))
+        for statistic, _, _ in calls:
+            statistic.refuse(
+                f"modules of graphopt.nn disagree on how many samples one backward pass has ({counts}), so some of them got rows "
+                "that are not samples: positions that all samples share, patches, a part of the batch. "
+                "graphopt.transform(model) or graphopt.patch_model(model) follow the samples through the whole model; "
+                "module.sample_axis says which axis of a module's input counts them"
+            )
 
 
 def _squared_too_early(param: Tensor, frames: set[str]) -> str:
