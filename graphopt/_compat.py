@@ -112,6 +112,13 @@ def composable_modules() -> list[torch.nn.Module]:
     return [] if module is None else list(module._module_state_mapping)
 
 
+def reduce_scatter(output: torch.Tensor, input: torch.Tensor, group: Any) -> None:
+    """The sum over ranks of this rank's part of ``input``; torch 2.13 has renamed it."""
+    distributed = torch.distributed
+    function = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+    function(output, input, group=group)
+
+
 def current_graph_task() -> int:
     """Number of the backward pass that is running on this thread, -1 outside one."""
     return torch._C._current_graph_task_id()

@@ -267,15 +267,15 @@ def sample_grad_norms(params: Iterable[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), dim=0)
 
 
-def expose() -> None:
-    """Make the annotations readable as attributes of ``torch.nn.Parameter``; idempotent.
+def expose(kind: type[Tensor] = torch.nn.Parameter) -> None:
+    """Make the annotations readable as attributes of ``torch.nn.Parameter``, or of another class of tensors; idempotent.
 
     Reading goes through `find`, so the attribute can never disagree with ``p.grad``. A value that is assigned by hand (as
     BackPACK does) is published as if a pass had provided it.
     """
     for key in KEYS:
-        if key.name not in vars(torch.nn.Parameter):
-            setattr(torch.nn.Parameter, key.name, _attribute(key))
+        if key.name not in vars(kind):
+            setattr(kind, key.name, _attribute(key))
 
 
 def _attribute(key: Key[Any]) -> property:

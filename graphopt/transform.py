@@ -20,6 +20,7 @@ from graphopt import _compat
 from graphopt.annotations import SUM_GRAD_SQUARED
 from graphopt.capture import (
     CapturedGraph,
+    Input,
     NamedTensors,
     SampleAxisOption,
     capture_settings,
@@ -31,7 +32,7 @@ from graphopt.capture import (
 from graphopt.compilation import check_compiler, compile_graph
 from graphopt.errors import GraphoptError, OptionError, UncapturedCall, UnsupportedError
 from graphopt.pipeline import Pass, Record, resolve_passes, run_passes
-from graphopt.runtime import data_parallel
+from graphopt.runtime import data_parallel, fully_sharded
 from graphopt.runtime.bound_graph import BoundGraph
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -80,6 +81,7 @@ def transform(
     if not isinstance(model, nn.Module):
         raise OptionError(f"transform takes a torch.nn.Module and got {type(model).__name__}")
     setup = Setup.parse({**(options or {}), "passes": passes, "compiler": compiler})
+    fully_sharded.check(model)
     restore(model)
     _Handle(setup, dynamic).attach(data_parallel.unwrap(model))
     return model
@@ -88,8 +90,9 @@ def transform(
 def restore(model: Model) -> Model:
     """Undo `transform`: the model runs as it was written. Parameters keep their values; does nothing if not transformed."""
     inner = data_parallel.unwrap(model)
-    if inner.__dict__.pop(_HANDLE, None) is not None:
-        inner.__dict__.pop("_compiled_call_impl", None)
+    handle = inner.__dict__.pop(_HANDLE, None)
+    if handle is not None:
+        handle.detach(inner)
     return model
 
 
@@ -180,11 +183,13 @@ class Setup:
         """Capture one graph of Dynamo's and run the passes over it."""
         if self.passes and _compat.is_split_for_ddp():
             raise UnsupportedError(
-                "Dynamo has split the model's graph at the edges of DistributedDataParallel's buckets, and passes need whole graphs. "
-                "Set torch._dynamo.config.optimize_ddp = False before the first call, or use graphopt.transform(model) instead of "
-                "torch.compile(model, backend='graphopt')"
+                "Dynamo has split the model's graph at the edges of DistributedDataParallel's buckets, and passes need whole "
+                "graphs. Set torch._dynamo.config.optimize_ddp = False before the first call, or use graphopt.transform(model) "
+                "instead of torch.compile(model, backend='graphopt')"
             )
         inputs = describe_inputs(graph_module, example_inputs, named or NamedTensors(), self.sample_axis)
+        if self.has_statistics:
+            _refuse_distributed(inputs, example_inputs)
         if self.passes and needs_restart(inputs, example_inputs):
             raise _compat.restart_capture("the sample axis of an input was not marked dynamic")
         start = time.perf_counter()
@@ -222,6 +227,28 @@ def with_own_code(call: types.FunctionType) -> types.FunctionType:
     return types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
 
 
+def _refuse_distributed(inputs: Sequence[Input], example_inputs: Sequence[Any]) -> None:
+    """Raise `UnsupportedError` for parameters that are DTensors while the model runs (`fully_shard` gathers its own before)."""
+    names = [
+        described.name
+        for described, value in zip(inputs, example_inputs, strict=True)
+        if isinstance(value, nn.Parameter) and _compat.local_part(value) is not value
+    ]
+    if names:
+        raise UnsupportedError(
+            f"parameters are DTensors in the graph: {', '.join(names[:10])}. Tensor parallelism (parallelize_module) computes a part "
+            "of each sample on each rank, which TrueGrad does not follow. Use torch.distributed.fsdp.fully_shard instead, or "
+            "transform the model without TrueGrad: graphopt.transform(model, [])"
+        )
+
+
+def _call_of(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:  # as in `_Handle.attach`
+        return forward(*args, **kwargs)
+
+    return call
+
+
 class _Handle:
     """What a transformed model carries in its ``__dict__``: options, records, and the compiled call.
 
@@ -234,25 +261,53 @@ class _Handle:
         self.dynamic = dynamic
         self.records: list[Record] = []
         self._model: nn.Module | None = None
+        self._units: list[nn.Module] = []
 
     def attach(self, model: nn.Module) -> None:
+        self.detach(model)
         self._model = model
+        model.__dict__[_HANDLE] = self
+        if fully_sharded.is_sharded(model):
+            self._attach_units(model)
+            return
 
         def call(*args: Any, **kwargs: Any) -> Any:  # Dynamo skips frames of torch.nn's own classes, but not this one
             return model._call_impl(*args, **kwargs)
 
+        model.__dict__["_compiled_call_impl"] = _entry(model, self._compile(model, call), self)
+
+    def _attach_units(self, model: nn.Module) -> None:
+        """Compile the parts of a sharded model; FSDP's hooks run between them, as they were written."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.setup.passes:
+                mark_samples(type(model).forward.__get__(model), args, kwargs, self.setup.sample_axis)
+            return model._call_impl(*args, **kwargs)
+
+        for _, unit in fully_sharded.units(model):
+            compiled = self._compile(model, _call_of(unit.forward))
+            unit.__dict__["forward"] = _entry(unit, compiled, self, is_unit=True)
+            self._units.append(unit)
+        model.__dict__["_compiled_call_impl"] = call
+
+    def detach(self, model: nn.Module) -> None:
+        """Take back what `attach` has done."""
+        model.__dict__.pop("_compiled_call_impl", None)
+        for unit in self._units:
+            unit.__dict__.pop("forward", None)
+        self._units = []
+
+    def _compile(self, model: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
         def compile_one(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             return self.setup.compile(graph_module, example_inputs, NamedTensors.of(model), self.records.append)
 
         functools.update_wrapper(compile_one, backend)
-        compiled = torch.compile(
+        return torch.compile(
             with_own_code(cast(types.FunctionType, call)),
             backend=compile_one,
             dynamic=self.dynamic,
             fullgraph=self.setup.fullgraph,
         )
-        model.__dict__[_HANDLE] = self
-        model.__dict__["_compiled_call_impl"] = _entry(model, compiled, self.setup)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Handle:
         clone = _Handle(self.setup, self.dynamic)
@@ -268,14 +323,20 @@ class _Handle:
         return f"_Handle(passes={[item.name for item in self.setup.passes]}, {len(self.records)} graphs)"
 
 
-def _entry(model: nn.Module, compiled: Callable[..., Any], setup: Setup) -> Callable[..., Any]:
-    """The function that ``model(...)`` calls."""
-    warned = False
+def _entry(
+    model: nn.Module, compiled: Callable[..., Any], handle: _Handle, *, is_unit: bool = False
+) -> Callable[..., Any]:
+    """The function that ``model(...)`` calls, or the ``forward`` of a part of a sharded model."""
+    warned, called, setup = False, False, handle.setup
 
     @torch._dynamo.disable(recursive=False)  # type: ignore[untyped-decorator]
     def entry(*args: Any, **kwargs: Any) -> Any:
-        nonlocal warned
-        if setup.passes:
+        nonlocal warned, called
+        if not is_unit and fully_sharded.was_sharded(model, look_inside=not called):
+            handle.attach(model)  # fully_shard came after transform
+            return model(*args, **kwargs)
+        called = True
+        if setup.passes and not is_unit:
             mark_samples(model.forward, args, kwargs, setup.sample_axis)
         if setup.has_statistics:
             data_parallel.enter_forward()  # on every rank, also on one whose batch reaches no graph

@@ -21,6 +21,7 @@ from graphopt.capture import NamedTensors, capture_settings, mark_samples
 from graphopt.errors import GraphoptError, UnsupportedError
 from graphopt.pipeline import Coverage, Record, Status
 from graphopt.runtime.bound_graph import BoundGraph
+from graphopt.runtime.data_parallel import unwrap
 from graphopt.transform import Setup, records, restore, setup_of, with_own_code
 
 _NOT_REACHED = "no captured graph computes a gradient for it"
@@ -43,6 +44,7 @@ class Report:
     @classmethod
     def of(cls, model: nn.Module, found: Sequence[Record] | None = None) -> Report:
         """The report of a model that is transformed and has run (see `explain` for one that has not)."""
+        model = unwrap(model)
         found = records(model) if found is None else found
         rows: dict[str, Coverage] = {}
         for record in found:
@@ -113,6 +115,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     Raises:
         UnsupportedError: the model cannot be traced without values, for example because Python code depends on them.
     """
+    model = unwrap(model)
     setup = _tolerant(setup_of(model))
     clone = _without_memory(model)
     found: list[Record] = []

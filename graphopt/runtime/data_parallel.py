@@ -91,7 +91,9 @@ def check(ddp: Any) -> None:
     else:
         for hook, _ in ddp._comm_hooks:
             if not _averages(hook):
-                problem = f"has the communication hook {getattr(hook, '__qualname__', hook)}, which may not average gradients"
+                problem = (
+                    f"has the communication hook {getattr(hook, '__qualname__', hook)}, which may not average gradients"
+                )
                 fix = f"use one of {', '.join(_AVERAGING_HOOKS)} of {_HOOK_MODULE}, or none"
     if problem is not None:
         raise UnsupportedError(
@@ -109,7 +111,9 @@ class Replicas:
         self._group = ddp.process_group
         self._expects = False  # a forward has told DDP to average in the next backward pass that reaches it
         self._tasks: set[int] = set()  # backward passes in which it does
-        self._touched: set[int] = set()  # ids of parameters whose gradients this rank has added to since the last average
+        self._touched: set[int] = (
+            set()
+        )  # ids of parameters whose gradients this rank has added to since the last average
         reference, handles = weakref.ref(self), []
         for param in ddp._module_parameters:
             if param.requires_grad:
@@ -351,9 +355,9 @@ def _problem(shape: tuple[int, ...], total: _Facts, differs: Sequence[bool], wor
         )
     if differs[0]:
         return (
-            f"after backward the ranks hold different gradients of a parameter of shape {shape}, so DistributedDataParallel has not "
-            "averaged them as it announced. Remove hooks that change gradients on one rank, and call backward() once for each "
-            "forward outside no_sync()"
+            f"after backward the ranks hold different gradients of a parameter of shape {shape}, so DistributedDataParallel has "
+            "not averaged them as it announced. Remove hooks that change gradients on one rank, and call backward() once for "
+            "each forward outside no_sync()"
         )
     if differs[1]:
         return (

@@ -224,8 +224,8 @@ def _squared_too_early(param: Tensor, frames: set[str]) -> str:
     if calls := sorted(frame for frame in frames if frame.startswith(EAGER_CALL)):
         names = ", ".join(call.removeprefix(EAGER_CALL) for call in calls)
         return (
-            f"a parameter of shape {shape} was used by {len(frames)} calls of graphopt.nn within one backward pass ({names}), each "
-            "of which squared its own contributions before they were added: the sum is not exact. Use "
+            f"a parameter of shape {shape} was used by {len(frames)} calls of graphopt.nn within one backward pass ({names}), "
+            "each of which squared its own contributions before they were added: the sum is not exact. Use "
             "graphopt.transform(model) or graphopt.patch_model(model), which see all uses of a parameter, or call backward() for "
             "each call by itself"
         )
