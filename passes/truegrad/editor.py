@@ -148,7 +148,7 @@ class Editor:
             elif node.op == "call_function":
                 copied = self.graph.node_copy(node, mapping.__getitem__)
                 keep = self._serving.meta if self._serving is not None else {}
-                copied.meta = {**{k: v for k, v in keep.items() if k != "val"}, "val": node.meta["val"]}
+                copied.meta = {**{k: v for k, v in keep.items() if k != "val"}, "val": node.meta.get("val")}
                 mapping[node] = copied
             elif node.op == "get_attr":
                 raise NotImplementedError(f"a constant tensor {node.target} in a traced rule")
