@@ -150,8 +150,8 @@ class _Call:
             hooks = (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks)
             if child is not self.module and any(hooks):
                 raise UnsupportedError(
-                    f"{name} in a {type(self.module).__name__} of graphopt.nn has hooks, which would run while the layer is traced "
-                    "and never again. Register them on the layer itself, or use graphopt.transform(model)"
+                    f"{name} in a {type(self.module).__name__} of graphopt.nn has hooks, which would run while the layer is "
+                    "traced and never again. Register them on the layer itself, or use graphopt.transform(model)"
                 )
 
     def _describe(self, value: Any, axis: int | None) -> Any:

@@ -1,0 +1,175 @@
+"""`patch_model`: in place, in part, and undone; numbers against the loop over samples."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import graphopt
+from graphopt import patch_model
+from graphopt.annotations import NUM_SAMPLES, SUM_GRAD_SQUARED, find
+from graphopt.errors import OptionError
+from graphopt.nn import TrueGradParameter
+from tests.nn.cases import N, rand, total
+from tests.oracle import loop_over_samples
+
+EXACT = {"rtol": 1e-9, "atol": 1e-12}
+
+
+class Mixed(nn.Module):
+    """Own parameters, a tied table, a frozen layer, a function of torch.nn.functional."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(3))
+        self.table, self.mix, self.head = nn.Embedding(7, 3), nn.Linear(3, 3), nn.Linear(3, 7, bias=False)
+        self.head.weight = self.table.weight
+        self.norm = nn.LayerNorm(3)
+        self.norm.bias.requires_grad_(False)
+
+    def forward(self, ids):
+        x = torch.tanh(F.linear(self.table(ids), self.mix.weight, self.mix.bias) + self.shift)
+        return self.head(self.norm(x))
+
+
+def step(model, *inputs):
+    model.zero_grad()
+    output = model(*inputs)
+    total(output).backward()
+    return output.detach()
+
+
+def assert_exact(model, expected, num_samples=N):
+    for name, param in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(param.grad, expected[name].grad, **EXACT)
+            torch.testing.assert_close(find(param, SUM_GRAD_SQUARED), expected[name].sum_grad_squared, **EXACT)
+            assert find(param, NUM_SAMPLES) == num_samples
+        else:
+            assert find(param, SUM_GRAD_SQUARED) is None, name
+
+
+def ids():
+    return torch.randint(0, 7, (N, 5))
+
+
+def test_identity_ties_and_frozen_parameters_stay():
+    model = Mixed().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # before patching
+    before, keys, kind = dict(model.named_parameters()), list(model.state_dict()), type(model)
+    x = ids()
+    expected = loop_over_samples(model, (x,), total, reduction="sum")
+    reference = step(copy.deepcopy(model), x)
+    assert patch_model(model) is model
+    assert all(param is before[name] for name, param in model.named_parameters())
+    assert (list(model.state_dict()), type(model)) == (keys, kind)
+    assert model.head.weight is model.table.weight
+    assert not model.norm.bias.requires_grad
+    assert all(type(param) is nn.Parameter and isinstance(param, TrueGradParameter) for param in model.parameters())
+    assert torch.equal(step(model, x), reference)
+    assert_exact(model, expected)
+    old = model.mix.weight.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(model.mix.weight.detach(), old - 0.1 * model.mix.weight.grad)
+
+
+def test_restore_undoes_it():
+    model, x = Mixed().double(), ids()
+    reference = step(copy.deepcopy(model), x)
+    step(patch_model(model), x)
+    graphopt.restore(model)
+    assert not any(isinstance(param, TrueGradParameter) for param in model.parameters())
+    model.zero_grad()
+    assert all(find(param, SUM_GRAD_SQUARED) is None for param in model.parameters())
+    assert torch.equal(step(model, x), reference)
+
+
+def test_only_the_modules_own_parameters():
+    model, x = Mixed().double(), ids()
+    expected = loop_over_samples(model, (x,), total, reduction="sum")
+    patch_model(model, recurse=False)
+    assert [name for name, param in model.named_parameters() if isinstance(param, TrueGradParameter)] == ["shift"]
+    step(model, x)
+    assert_exact(model, {"shift": expected["shift"]})
+
+
+def test_patching_one_submodule_leaves_the_others_plain():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), rand(N, 3)
+    expected = loop_over_samples(model, (x,), total, reduction="sum")
+    patch_model(model[2])
+    assert [isinstance(param, TrueGradParameter) for param in model.parameters()] == [False, False, True, True]
+    assert "_compiled_call_impl" not in model[0].__dict__
+    step(model, x)
+    assert_exact(model, {name: value for name, value in expected.items() if name.startswith("2.")})
+
+
+def test_every_module_by_itself():
+    """As the seed's comment suggests: ``model.apply(lambda m: patch_model(m, recurse=False))``, outermost last."""
+    model, x = Mixed().double(), ids()
+    expected = loop_over_samples(model, (x,), total, reduction="sum")
+    model.apply(lambda module: patch_model(module, recurse=False))
+    assert all(isinstance(param, TrueGradParameter) for param in model.parameters())
+    step(model, x)
+    assert_exact(model, expected)
+
+
+def test_a_module_without_parameters_is_left_alone():
+    model = nn.Sequential(nn.Linear(3, 2))
+    patch_model(model, recurse=False)
+    assert "_compiled_call_impl" not in model.__dict__
+    assert not any(isinstance(param, TrueGradParameter) for param in model.parameters())
+
+
+def test_twice_is_once():
+    model, x = Mixed().double(), ids()
+    expected = loop_over_samples(model, (x,), total, reduction="sum")
+    patch_model(patch_model(model))
+    step(model, x)
+    step(model, x)
+    assert_exact(model, expected)
+
+
+def test_modules_of_graphopt_nn_are_welcome():
+    """The forerunner could not mix the two ways."""
+    layer = graphopt.nn.Linear(3, 3)
+    model, x = nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(3, 2)).double(), rand(N, 3)
+    plain = copy.deepcopy(model)
+    plain[0].__class__ = nn.Linear
+    expected = loop_over_samples(plain, (x,), total, reduction="sum")
+    step(patch_model(model), x)
+    assert_exact(model, expected)
+    graphopt.restore(model)
+    assert [isinstance(param, TrueGradParameter) for param in model.parameters()] == [True, True, False, False]
+
+
+def test_no_model():
+    with pytest.raises(OptionError, match=r"patch_model takes a torch\.nn\.Module and got Parameter"):
+        patch_model(nn.Parameter(torch.zeros(2)))
+
+
+MODELS = {
+    "convolutions": (
+        lambda: nn.Sequential(
+            nn.Conv2d(4, 4, 3, groups=2, padding="same", padding_mode="circular"), nn.GroupNorm(2, 4), nn.PReLU(),
+            nn.Conv2d(4, 3, 3, stride=2, dilation=2), nn.Flatten(),
+        ),
+        lambda: (rand(N, 4, 7, 7),),
+    ),
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose1d(2, 3, 3), nn.Tanh(), nn.Conv1d(3, 2, 2)), lambda: (rand(N, 2, 5),)),
+    "volumes": (lambda: nn.Sequential(nn.Conv3d(2, 2, 2), nn.BatchNorm3d(2).eval(), nn.Flatten()), lambda: (rand(N, 2, 3, 3, 3),)),
+    "padding": (lambda: nn.Sequential(nn.Embedding(7, 4, padding_idx=2), nn.Linear(4, 3)), lambda: (ids(),)),
+    "attention": (lambda: nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True), lambda: (rand(N, 5, 4),)),
+    "bilinear": (lambda: nn.Bilinear(3, 2, 4), lambda: (rand(N, 3), rand(N, 2))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_numbers(name):
+    model, inputs = MODELS[name][0]().double(), MODELS[name][1]()
+    expected = loop_over_samples(model, inputs, total, reduction="sum")
+    assert set(expected) == {name for name, _ in model.named_parameters()}
+    reference = step(copy.deepcopy(model), *inputs)
+    torch.testing.assert_close(step(patch_model(model), *inputs), reference, rtol=1e-12, atol=1e-12)
+    assert_exact(model, expected)
