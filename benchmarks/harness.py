@@ -86,12 +86,14 @@ class Benchmark:
         title: For the report.
         text: What is measured and how to read it, markdown.
         cases: Called with whether the quick form is wanted (small models, for tests); returns the cases.
+        unavailable: Why nothing of it can be measured on this machine; empty where it can.
     """
 
     name: str
     title: str
     text: str
     cases: Callable[[bool], tuple[Case, ...]]
+    unavailable: Callable[[], str] = str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list or not options.benchmark:
         return _list()
     benchmark = find(options.benchmark)
+    if reason := benchmark.unavailable():
+        say(f"{benchmark.name} is skipped: {reason}")
+        return 0
     settings = _settings(options)
     cases = _chosen(benchmark.cases(settings.quick), options.cases, options.rivals)
     partial = settings.quick or options.rivals is not None

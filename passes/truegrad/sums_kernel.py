@@ -120,21 +120,14 @@ def triton_sums(grad: Tensor, input: Tensor, want_norms: bool) -> tuple[Tensor, 
     if grad.numel() == 0 or input.numel() == 0:
         zeros = functools.partial(torch.zeros, dtype=torch.float32, device=grad.device)
         return zeros(outputs, inputs), zeros(outputs, inputs), zeros(num_norms)
-    vector_o, vector_i = _vector(grad), _vector(input)
-    plan = choose(
-        _card(grad.device),
-        (num, positions, outputs, inputs),
-        grad.dtype,
-        tf32=_tf32(),
-        vectors=min(vector_o, vector_i) > 1,
-    )
+    cut = plan(grad, input)
     empty = functools.partial(torch.empty, dtype=torch.float32, device=grad.device)
-    total, squares = empty(plan.splits, outputs, inputs), empty(plan.splits, outputs, inputs)
-    norms = empty(plan.num_tiles if want_norms else 0, num)
+    total, squares = empty(cut.splits, outputs, inputs), empty(cut.splits, outputs, inputs)
+    norms = empty(cut.num_tiles if want_norms else 0, num)
     triton_kernel = _triton_kernel()
     assert triton_kernel is not None, "is_profitable() says whether triton is there"
     with _on(grad.device):
-        triton_kernel.sums_kernel[(plan.num_tiles, plan.splits)](
+        triton_kernel.sums_kernel[(cut.num_tiles, cut.splits)](
             grad,
             input,
             total,
@@ -146,21 +139,21 @@ def triton_sums(grad: Tensor, input: Tensor, want_norms: bool) -> tuple[Tensor, 
             inputs,
             *grad.stride(),
             *input.stride(),
-            plan.samples_per_split,
+            cut.samples_per_split,
             WANT_NORMS=want_norms,
             PRECISION="tf32" if _tf32() else "ieee",
             WIDEN=triton_kernel.INTERPRETED and grad.dtype == torch.bfloat16,
-            VECTOR_O=vector_o,
-            VECTOR_I=vector_i,
-            BLOCK_O=plan.tile.outputs,
-            BLOCK_I=plan.tile.inputs,
-            BLOCK_S=plan.tile.positions,
+            VECTOR_O=_vector(grad),
+            VECTOR_I=_vector(input),
+            BLOCK_O=cut.tile.outputs,
+            BLOCK_I=cut.tile.inputs,
+            BLOCK_S=cut.tile.positions,
             GROUP=_GROUP,
-            num_warps=plan.tile.warps,
-            num_stages=plan.tile.stages,
+            num_warps=cut.tile.warps,
+            num_stages=cut.tile.stages,
             enable_fp_fusion=True,  # the default, but triton 3.9 warns that the next one's will differ
         )
-    if plan.splits > 1:
+    if cut.splits > 1:
         total, squares = total.sum(0), squares.sum(0)
     return total.view(outputs, inputs), squares.view(outputs, inputs), norms.sum(0) if want_norms else norms.view(0)
 
@@ -176,17 +169,27 @@ def is_profitable(grad: Tensor, input: Tensor) -> bool:
         return False
     if not _is_available(grad.device):
         return False
-    tf32 = _tf32()
-    if grad.dtype == torch.float32 and not tf32 and grad.shape[1] > _MOST_POSITIONS_IEEE:
+    if grad.dtype == torch.float32 and not _tf32() and grad.shape[1] > _MOST_POSITIONS_IEEE:
         return False
     if grad.numel() == 0 or input.numel() == 0 or grad.shape[1] <= _LONG:
         return True
-    card = _card(grad.device)
-    plan = choose(card, (*grad.shape, input.shape[2]), grad.dtype, tf32=tf32, vectors=True)
-    return plan.num_tiles * plan.splits >= _LEAST_FILLED * card.multiprocessors
+    cut = plan(grad, input)
+    return cut.num_tiles * cut.splits >= _LEAST_FILLED * _card(grad.device).multiprocessors
 
 
 # --- how it is cut up ---------------------------------------------------------------------------------------------------------
+
+
+def plan(grad: Tensor, input: Tensor) -> Plan:
+    """How `triton_sums` cuts up the work on a gradient (N, S, O) and an input (N, S, I), neither of them empty."""
+    num, positions, outputs = grad.shape
+    return choose(
+        _card(grad.device),
+        (num, positions, outputs, input.shape[2]),
+        grad.dtype,
+        tf32=_tf32(),
+        vectors=min(_vector(grad), _vector(input)) > 1,
+    )
 
 
 @functools.lru_cache(maxsize=4096)

@@ -31,6 +31,12 @@ def test_unknown_names_are_errors():
         run.main(["truegrad", "--rivals", "moon"])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it would run")
+def test_a_benchmark_that_cannot_run_here_says_why(capsys):
+    assert run.main(["sums"]) == 0
+    assert "sums is skipped: the kernel of graphopt::sums runs on CUDA devices" in "".join(capsys.readouterr())
+
+
 @pytest.mark.slow
 def test_truegrad_runs_in_its_quick_form(tmp_path, capsys):
     chosen = ["--cases", "mlp-64", "--rivals", "eager", "vmap-grad"]
