@@ -8,6 +8,7 @@ the parameter and the samples is applied to all of them at once.
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -47,6 +48,9 @@ _BROADCASTING = frozenset(
         aten.lerp.Tensor,
     ]
 )
+
+# Operators whose results have their features on the second axis.
+_CHANNELS_SECOND = frozenset("conv1d conv2d conv3d convolution batch_norm group_norm instance_norm".split())
 
 _NO_POSITIONS = (
     "squares of single positions (sum_position_grad_squared) are not defined for a parameter that is computed with before it "
@@ -373,7 +377,9 @@ class Rewriter:
             and len(cast(Node, value.args[0]).users) == 1
         ):
             return self._lookup_tangent(value)
-        arguments = [a for a in value.all_input_nodes if isinstance(a.meta.get("val"), Tensor | list | tuple)]
+        # One result of several is computed from what all are computed from.
+        source, place = (cast(Node, value.args[0]), value.args[1]) if value.target is operator.getitem else (value, None)
+        arguments = [a for a in source.all_input_nodes if isinstance(a.meta.get("val"), Tensor | list | tuple)]
         moving = [a for a in arguments if a in self.uses.params]
         tangents = [self._tangent(a) for a in moving]
         fixed = [editor.detached(a) for a in arguments]
@@ -381,8 +387,9 @@ class Rewriter:
         def one(primals: tuple[Any, ...], directions: tuple[Any, ...]) -> Any:
             def function(*values: Any) -> Any:
                 mapping = dict(zip(arguments, primals, strict=True)) | dict(zip(moving, values, strict=True))
-                args, kwargs = torch.fx.map_arg((value.args, value.kwargs), lambda a: mapping.get(a, a.meta["val"]))
-                return _DECOMPOSED.get(value.target, cast(Any, value.target))(*args, **kwargs)
+                args, kwargs = torch.fx.map_arg((source.args, source.kwargs), lambda a: mapping.get(a, a.meta["val"]))
+                result = _DECOMPOSED.get(source.target, cast(Any, source.target))(*args, **kwargs)
+                return result if place is None else result[place]
 
             start = tuple(primals[arguments.index(a)] for a in moving)
             return jvp(function, start, directions)[1]
@@ -431,6 +438,8 @@ class Rewriter:
         sizes = _sizes(use.node)
         own = cast(Tensor, use.value.meta["val"]).ndim
         leading = sizes[:-1] if use.node.target in closed_rules else sizes[: max(1, len(sizes) - own)]
+        if cast(Any, use.node.target).overloadpacket.__name__ in _CHANNELS_SECOND:
+            leading = [sizes[0], *sizes[2:]]
         total = cast(Size, 1)
         for size in leading:
             total = total * size
