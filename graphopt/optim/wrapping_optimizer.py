@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from graphopt.errors import OptionError, UnsupportedError
-from graphopt.optim.base_optimizer import BaseOptimizer, state_dtype
+from graphopt.optim.base_optimizer import BaseOptimizer, new_count, state_dtype
 from graphopt.optim.weight_decay import WeightDecay, WeightDecayChain
 
 
@@ -24,7 +24,7 @@ class WrappingOptimizer(BaseOptimizer):
     """An optimizer that turns the steps of inner optimizers of the same parameters into a step of its own.
 
     Inner optimizers see the parameters as they were before the step, one after the other. Their states and options are
-    part of ``state_dict``; their schedulers, hooks and learning rates work as if they stood alone.
+    part of ``state_dict()``; their schedulers, hooks and learning rates work as if they stood alone.
     """
 
     _attributes: ClassVar[tuple[str, ...]] = ("weight_decay_cls", "inner")
@@ -52,7 +52,7 @@ class WrappingOptimizer(BaseOptimizer):
         """
         super().add_param_group(param_group)
         for role, optimizer in self.inner.items():
-            known = {id(param) for group in optimizer.param_groups for param in group["params"]}
+            known = set(map(id, _params(optimizer)))
             unknown = [param for param in self.param_groups[-1]["params"] if id(param) not in known]
             if unknown:
                 name = self._name(unknown[0])
@@ -63,9 +63,22 @@ class WrappingOptimizer(BaseOptimizer):
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """What torch's ``state_dict`` holds, and under ``"inner"`` those of the inner optimizers by their names."""
+        """What torch's ``state_dict`` holds, and the states of the inner optimizers in the same form.
+
+        What ``magnitude`` remembers of a parameter stands beside its own state, as ``"magnitude.exp_avg"``; so
+        `torch.distributed.checkpoint` sees it, and shards it like the parameter. The options of the groups of
+        ``magnitude`` are an entry of the first group, ``"magnitude.param_groups"``.
+        """
         state_dict: dict[str, Any] = super().state_dict()
-        state_dict["inner"] = {role: optimizer.state_dict() for role, optimizer in self.inner.items()}
+        state_dict["state"] = {identifier: dict(state) for identifier, state in state_dict["state"].items()}
+        own = dict(zip(map(id, _params(self)), _identifiers(state_dict), strict=True))
+        for role, optimizer in self.inner.items():
+            inner = optimizer.state_dict()
+            identifiers = dict(zip(_identifiers(inner), [own[id(param)] for param in _params(optimizer)], strict=True))
+            for identifier, state in inner["state"].items():
+                entries = {f"{role}.{name}": value for name, value in state.items()}
+                state_dict["state"].setdefault(identifiers[identifier], {}).update(entries)
+            state_dict["param_groups"][0][_options(role)] = inner["param_groups"]
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -74,15 +87,30 @@ class WrappingOptimizer(BaseOptimizer):
         Raises:
             OptionError: the states of the inner optimizers are missing, or have other names.
         """
-        found, expected = list(state_dict.get("inner", {})), list(self.inner)
-        if found != expected:
+        first, *groups = state_dict["param_groups"]
+        missing = [_options(role) for role in self.inner if _options(role) not in first]
+        if missing:
             raise OptionError(
-                f"{type(self).__name__}.load_state_dict: expected the states of the inner optimizers {expected} under "
-                f"'inner' and found {found}. Pass what {type(self).__name__}.state_dict() returned"
+                f"{type(self).__name__}.load_state_dict: the first group lacks {', '.join(map(repr, missing))}, the options "
+                f"of inner optimizers. Pass what {type(self).__name__}.state_dict() returned, of one with inner optimizers "
+                f"that were passed as {', '.join(self.inner)}"
             )
+        saved = dict(zip(map(id, _params(self)), _identifiers(state_dict), strict=False))
         for role, optimizer in self.inner.items():
-            optimizer.load_state_dict(state_dict["inner"][role])
-        super().load_state_dict(state_dict)
+            inner = {"state": {}, "param_groups": first[_options(role)]}
+            for param, identifier in zip(_params(optimizer), _identifiers(inner), strict=False):
+                state = state_dict["state"].get(saved.get(id(param)), {})
+                entries = {name.removeprefix(f"{role}."): v for name, v in state.items() if name.startswith(f"{role}.")}
+                if entries:
+                    inner["state"][identifier] = entries
+            optimizer.load_state_dict(inner)
+        prefixes = tuple(f"{role}." for role in self.inner)
+        own = {
+            identifier: {name: value for name, value in state.items() if not name.startswith(prefixes)}
+            for identifier, state in state_dict["state"].items()
+        }
+        first = {name: value for name, value in first.items() if not name.startswith(prefixes)}
+        super().load_state_dict({**state_dict, "state": own, "param_groups": [first, *groups]})
 
     def check(self) -> None:
         """Raise what ``step`` would raise before it changes anything; without an error this does nothing."""
@@ -110,6 +138,11 @@ class WrappingOptimizer(BaseOptimizer):
         if not entries:
             return
         steps, rates = self._steps(entries)
+        # Without any state torch.distributed.checkpoint takes an optimizer for a new one, and steps in order to fill it.
+        for _, param in entries:
+            if "step" not in self.state[param]:
+                self.state[param]["step"] = new_count()
+        torch._foreach_add_([self.state[param]["step"] for _, param in entries], 1)
         pulls = self._pulls(entries)
         if pulls is not None:
             factors = [rate * float(group["weight_decay"]) for rate, (group, _) in zip(rates, entries, strict=True)]
@@ -141,9 +174,9 @@ class WrappingOptimizer(BaseOptimizer):
         return [pull.clone() for pull in decay(params, states)]
 
     def _check_same_params(self) -> None:
-        own = sum(len(group["params"]) for group in self.param_groups)
+        own = len(_params(self))
         for role, optimizer in self.inner.items():
-            theirs = sum(len(group["params"]) for group in optimizer.param_groups)
+            theirs = len(_params(optimizer))
             if own != theirs:  # add_param_group has seen to it that ours are among theirs
                 raise OptionError(
                     f"{type(self).__name__}: {role}={type(optimizer).__name__} has {theirs} parameters, of which "
@@ -153,12 +186,25 @@ class WrappingOptimizer(BaseOptimizer):
 
     def __repr__(self) -> str:
         inner = ", ".join(f"{role}={type(optimizer).__name__}" for role, optimizer in self.inner.items())
-        return f"{type(self).__name__}({inner}, {sum(len(group['params']) for group in self.param_groups)} parameters)"
+        return f"{type(self).__name__}({inner}, {len(_params(self))} parameters)"
 
 
 def rates(entries: Sequence[Entry]) -> list[float]:
     """The learning rate of each parameter's group."""
     return [float(group["lr"]) for group, _ in entries]
+
+
+def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _identifiers(state_dict: dict[str, Any]) -> list[Any]:
+    """What stands for the parameters in a ``state_dict``, in the order of the parameters; numbers or names."""
+    return [identifier for group in state_dict["param_groups"] for identifier in group["params"]]
+
+
+def _options(role: str) -> str:
+    return f"{role}.param_groups"
 
 
 def _move(params: list[Tensor], steps: list[Tensor]) -> None:

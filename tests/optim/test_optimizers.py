@@ -10,6 +10,7 @@ import re
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -411,13 +412,63 @@ def test_a_state_without_the_inner_ones_is_refused(cls):
     optimizer = MAKE[cls.__name__](params)
     train(optimizer, params)
     before = {key: value.clone() for key, value in everything(optimizer).items()}
-    state_dict = optimizer.state_dict()
-    del state_dict["inner"]
-    with pytest.raises(
-        OptionError, match=rf"{cls.__name__}\.load_state_dict: expected the states of the inner .* found \[\]"
-    ):
-        optimizer.load_state_dict(state_dict)
+    text = rf"{cls.__name__}\.load_state_dict: the first group lacks '\w+\.param_groups'.* Pass what {cls.__name__}\.state_"
+    with pytest.raises(OptionError, match=text):
+        optimizer.load_state_dict(torch.optim.Adam(params).state_dict())
     assert all(torch.equal(value, before[key]) for key, value in everything(optimizer).items())
+
+
+@pytest.mark.parametrize("cls", [Graft, Sign, OptimizerOptimizer])
+def test_inner_groups_may_be_others(cls):
+    """In another order, and with options of their own, which are saved with them."""
+
+    def make(params, lr):
+        inner = [
+            TGAdamW([{"params": params[3:]}, {"params": params[:3], "lr": lr, "betas": (0.5, 0.6)}], lr=lr / 2)
+            for _ in range(1 + (cls is Graft))
+        ]
+        return cls([{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.1}], *inner)
+
+    params, others = make_params(SHAPES), make_params(SHAPES)
+    optimizer, resumed = make(params, 0.1), make(others, 0.7)
+    train(optimizer, params)
+    for p, q in zip(params, others, strict=True):
+        q.data.copy_(p.data)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert all("." not in name for name in resumed.param_groups[0])
+    for inner in resumed.inner.values():
+        assert [group["lr"] for group in inner.param_groups] == [0.05, 0.1]
+    train(optimizer, params, [7])
+    train(resumed, others, [7])
+    assert largest_difference(params, others) == 0.0
+
+
+@every_optimizer
+@every_decay
+def test_distributed_checkpoint(make, decay):
+    """It steps a new optimizer with zero gradients, to learn its state; and must not step one that has been used."""
+    models = [nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)).double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [make(model.parameters(), weight_decay_cls=decay) for model in models]
+    params = [list(model.parameters()) for model in models]
+    train(optimizers[0], params[0])
+    optimizers[0].zero_grad()
+    before = snapshot(params[1])
+    states = {key: value.clone() for key, value in everything(optimizers[0]).items()}
+
+    fresh = get_optimizer_state_dict(models[1], optimizers[1])
+    saved = get_optimizer_state_dict(models[0], optimizers[0])
+    assert largest_difference(params[1], before) == 0.0
+    assert all(torch.equal(value, states[key]) for key, value in everything(optimizers[0]).items())
+    assert {name: set(entry) for name, entry in fresh["state"].items()} == {
+        name: set(entry) for name, entry in saved["state"].items()
+    }
+
+    models[1].load_state_dict(models[0].state_dict())
+    set_optimizer_state_dict(models[1], optimizers[1], saved)
+    for optimizer, p in zip(optimizers, params, strict=True):
+        train(optimizer, p, [9])
+    assert largest_difference(*params) == 0.0
 
 
 @pytest.mark.parametrize(("outer", "inner"), list(itertools.product([Graft, Sign, OptimizerOptimizer], repeat=2)))
