@@ -21,6 +21,7 @@ from graphopt.annotations import SUM_GRAD_SQUARED
 from graphopt.capture import (
     CapturedGraph,
     Input,
+    InputKind,
     NamedTensors,
     SampleAxisOption,
     capture_settings,
@@ -29,11 +30,11 @@ from graphopt.capture import (
     mark_samples,
     needs_restart,
 )
-from graphopt.compilation import check_compiler, compile_graph
+from graphopt.compilation import check_compiler, compile_graph, compile_unlowered
 from graphopt.errors import GraphoptError, OptionError, UncapturedCall, UnsupportedError
-from graphopt.pipeline import Pass, Record, resolve_passes, run_passes
+from graphopt.pipeline import Coverage, Pass, Record, Status, resolve_passes, run_passes
 from graphopt.runtime import data_parallel, fully_sharded
-from graphopt.runtime.bound_graph import BoundGraph
+from graphopt.runtime.bound_graph import BoundGraph, UnboundGraph
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -83,7 +84,8 @@ def transform(
     setup = Setup.parse({**(options or {}), "passes": passes, "compiler": compiler})
     fully_sharded.check(model)
     restore(model)
-    _Handle(setup, dynamic).attach(data_parallel.unwrap(model))
+    inner = data_parallel.unwrap(model)
+    _Handle(setup, dynamic).attach(inner, in_units=fully_sharded.is_sharded(inner))
     return model
 
 
@@ -179,8 +181,8 @@ class Setup:
 
     def rewrite(
         self, graph_module: GraphModule, example_inputs: Sequence[Any], named: NamedTensors | None = None
-    ) -> tuple[CapturedGraph, Record]:
-        """Capture one graph of Dynamo's and run the passes over it."""
+    ) -> tuple[CapturedGraph | None, Record]:
+        """Capture one graph of Dynamo's and run the passes over it; no graph if it is to be compiled as it is."""
         if self.passes and _compat.is_split_for_ddp():
             raise UnsupportedError(
                 "Dynamo has split the model's graph at the edges of DistributedDataParallel's buckets, and passes need whole "
@@ -193,11 +195,32 @@ class Setup:
         if self.passes and needs_restart(inputs, example_inputs):
             raise _compat.restart_capture("the sample axis of an input was not marked dynamic")
         start = time.perf_counter()
-        captured = lower(graph_module, inputs)
+        try:
+            captured = lower(graph_module, inputs)
+        except UnsupportedError as error:
+            return None, Record(graph_module, graph_module, uncaptured=self._skipped(inputs, example_inputs, error))
         lowered = time.perf_counter()
         graph, passes = run_passes(captured, self.passes)
         seconds = {"capture": lowered - start, "passes": time.perf_counter() - lowered}
         return graph, Record(captured.graph_module, graph.graph_module, passes, seconds)
+
+    def _skipped(
+        self, inputs: Sequence[Input], example_inputs: Sequence[Any], error: UnsupportedError
+    ) -> tuple[Coverage, ...]:
+        """Rows for the parameters of a graph that cannot be captured; raises if passes insist on them."""
+        trainable = [
+            (described.name, tuple(value.shape))
+            for described, value in zip(inputs, example_inputs, strict=True)
+            if described.kind is InputKind.PARAMETER and described.requires_grad
+        ]
+        text = str(error).partition("\n\nWhile executing")[0]  # what torch.fx.Interpreter adds says it again
+        if trainable and not all(item.skips_unsupported for item in self.passes):
+            names = ", ".join(name for name, _ in trainable[:10]) + (", ..." if len(trainable) > 10 else "")
+            raise UnsupportedError(
+                f"{text}.\nNo pass can serve the parameters of its graph: {names}. To train it without them, use "
+                "TrueGrad(unsupported='skip')"
+            ) from error
+        return tuple(Coverage(name, shape, Status.SKIPPED, text) for name, shape in trainable)
 
     def compile(
         self,
@@ -205,11 +228,16 @@ class Setup:
         example_inputs: Sequence[Any],
         named: NamedTensors | None = None,
         keep: Callable[[Record], None] | None = None,
-    ) -> BoundGraph:
+    ) -> Callable[..., Any]:
         """Capture, rewrite, compile and bind one graph of Dynamo's."""
         graph, record = self.rewrite(graph_module, example_inputs, named)
         start = time.perf_counter()
-        bound = BoundGraph(graph, lambda: compile_graph(graph, self.compiler, self.passes, self.config))
+        bound: Callable[..., Any]
+        if graph is None:
+            bound = UnboundGraph(compile_unlowered(graph_module, example_inputs, self.compiler, self.config))
+        else:
+            rewritten = graph
+            bound = BoundGraph(graph, lambda: compile_graph(rewritten, self.compiler, self.passes, self.config))
         record.seconds["compile"] = time.perf_counter() - start
         if keep is not None:
             keep(record)
@@ -263,11 +291,11 @@ class _Handle:
         self._model: nn.Module | None = None
         self._units: list[nn.Module] = []
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, *, in_units: bool = False) -> None:
         self.detach(model)
         self._model = model
         model.__dict__[_HANDLE] = self
-        if fully_sharded.is_sharded(model):
+        if in_units:
             self._attach_units(model)
             return
 
@@ -333,7 +361,7 @@ def _entry(
     def entry(*args: Any, **kwargs: Any) -> Any:
         nonlocal warned, called
         if not is_unit and fully_sharded.was_sharded(model, look_inside=not called):
-            handle.attach(model)  # fully_shard came after transform
+            handle.attach(model, in_units=True)  # fully_shard came after transform
             return model(*args, **kwargs)
         called = True
         if setup.passes and not is_unit:
