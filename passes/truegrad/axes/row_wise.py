@@ -26,7 +26,7 @@ _ALONG: dict[str, int] = {
 }  # fmt: skip
 _LAST_BY_DEFAULT = ("sort", "argsort", "topk", "glu")
 _ALIKE = (
-    "prelu one_hot layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm batch_norm instance_norm dropout "
+    "prelu one_hot dropout "
     "native_dropout feature_dropout alpha_dropout feature_alpha_dropout to _to_copy clone contiguous detach alias "
     "lift_fresh_copy type_as zeros_like ones_like full_like empty_like rand_like randn_like tril triu normal_functional "
     "bernoulli masked_fill masked_fill_ copy gelu silu"
@@ -36,13 +36,15 @@ _ON_FIRST_AXIS = (
     "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d "
     "adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices "
     "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d "
-    "upsample_bicubic2d pixel_shuffle pixel_unshuffle im2col col2im"
+    "upsample_bicubic2d pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle grid_sampler grid_sampler_2d "
+    "grid_sampler_3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _upsample_bilinear2d_aa "
+    "_upsample_bicubic2d_aa max_unpool2d max_unpool3d fractional_max_pool2d fractional_max_pool3d"
 ).split()
 _LOSSES = (
     "cross_entropy_loss nll_loss nll_loss_nd mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy "
-    "binary_cross_entropy_with_logits kl_div"
+    "binary_cross_entropy_with_logits kl_div cosine_embedding_loss triplet_margin_loss multi_margin_loss "
+    "multilabel_margin_loss multilabel_margin_loss_forward"
 ).split()
-_ACROSS_THE_BATCH = ("batch_norm", "instance_norm", "group_norm")  # their channels are on the second axis
 
 
 @axis_rule(*_ALONG, *_ALIKE)
@@ -56,8 +58,6 @@ def row_wise(node: Node, value: Tensor, known: Known) -> Layout:
     axes = named_axes(node, _ALONG.get(op), value.ndim)
     if op in _LAST_BY_DEFAULT and axes is None:
         axes = [value.ndim - 1]
-    if op in _ACROSS_THE_BATCH and layout.axis == 1:
-        axes = [1]
     mixes = axes is not None and layout.axis in axes
     keeps = layout.axis < value.ndim and shape_of(value)[layout.axis] == shape_of(value_of(first))[layout.axis]
     return layout if keeps and not mixes else Lost(node, f"{op} works across samples")
@@ -82,6 +82,14 @@ def on_first_axis(node: Node, value: Tensor, known: Known) -> Layout:
     first: Any = node.args[0]
     layout = known.layout(first)
     same = isinstance(layout, SampleAxis) and layout.axis == 0 and value.ndim == value_of(first).ndim
+    return layout if same else Lost(node, f"{_name(node)} with samples that are not on the first axis")
+
+
+@axis_rule("im2col", "col2im", "affine_grid_generator")
+def places_on_first_axis(node: Node, value: Tensor, known: Known) -> Layout:
+    """The same, with one axis for all places."""
+    layout = known.layout(node.args[0])
+    same = isinstance(layout, SampleAxis) and layout.axis == 0 and value_of(node.args[0]).ndim >= 3 <= value.ndim
     return layout if same else Lost(node, f"{_name(node)} with samples that are not on the first axis")
 
 
