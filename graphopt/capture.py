@@ -26,16 +26,19 @@ import sympy
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from graphopt import _compat
 from graphopt.annotations import Key
-from graphopt.errors import OptionError, UnsupportedError
-from graphopt.inspect.location import plain_name
-from graphopt.recurrent import LOWERED, lower_recurrent, opaque_layers
+from graphopt.errors import GraphoptError, OptionError, UnsupportedError
+from graphopt.inspect.location import describe, plain_name
+from graphopt.recurrent import LOWERED, lower_recurrent, opaque_layers, packed_error
 
 SampleAxisOption = int | None | Mapping[str, int | None]
+
+_BETWEEN_GRAPHS = "Decorate the function that calls it with torch.compiler.disable, so that it runs between two graphs"
 
 _sample_axes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> axis that counts samples, or None
 _checkpoint_ids = itertools.count(1)
@@ -149,7 +152,10 @@ def mark_samples(forward: Callable[..., Any], args: Any, kwargs: Any, option: Sa
 
     Raises:
         OptionError: an axis that a tensor does not have, or a name that ``forward`` does not take.
+        UnsupportedError: a packed sequence.
     """
+    if any(isinstance(value, PackedSequence) for value in (*args, *kwargs.values())):
+        raise packed_error("the model was called with a packed sequence")
     if isinstance(option, Mapping):
         bound = inspect.signature(forward).bind(*args, **kwargs).arguments
         named = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
@@ -227,6 +233,9 @@ def lower(graph_module: GraphModule, inputs: list[Input]) -> CapturedGraph:
 
     Returns:
         The graph that passes work on.
+
+    Raises:
+        UnsupportedError: the graph holds something that has no form in ATen before autograd; the text says what and where.
     """
     fakes = [node.meta["example_value"] for node in graph_module.graph.find_nodes(op="placeholder")]
     fake_mode = next((f.fake_mode for f in fakes if isinstance(f, _compat.FakeTensor)), None)
@@ -234,15 +243,36 @@ def lower(graph_module: GraphModule, inputs: list[Input]) -> CapturedGraph:
     _join_sample_sizes(inputs, fakes)
     interpreter = _Lowering(graph_module)
     with fake_mode, torch.fx.traceback.preserve_node_meta(), _fresh_autocast_cache():
-        lowered = _compat.make_fx(interpreter.run, pre_dispatch=True)(*fakes)
+        try:
+            lowered = _compat.make_fx(interpreter.run, pre_dispatch=True)(*fakes)
+        except Exception as error:
+            if isinstance(error, GraphoptError):
+                raise
+            why = str(error).splitlines()[0] if str(error) else "no text"
+            raise UnsupportedError(
+                f"{interpreter.place} has no form that passes can read ({type(error).__name__}: {why}). {_BETWEEN_GRAPHS}"
+            ) from error
     for node, original in zip(
         lowered.graph.find_nodes(op="placeholder"), graph_module.graph.find_nodes(op="placeholder"), strict=True
     ):
         node.meta.pop("_dynamo_source", None)
         node.name = original.name.removeprefix("l_").rstrip("_") if original.name.startswith("l_") else original.name
+    _check_constants(lowered)
     _make_autocast_explicit(lowered.graph)
     lowered.recompile()
     return CapturedGraph(lowered, list(inputs), list(fakes), fake_mode, torch.is_grad_enabled())
+
+
+def _check_constants(lowered: GraphModule) -> None:
+    """A value that was traced by something else than `make_fx` (a function inside a higher-order operator) became a constant."""
+    for node in lowered.graph.find_nodes(op="get_attr"):
+        value = getattr(lowered, node.target, None)
+        if isinstance(value, _compat.FakeTensor):
+            user = next(iter(node.users), node)
+            raise UnsupportedError(
+                f"{describe(user)} stands inside an operator of higher order (a scan, a loop, a map), whose body passes cannot "
+                f"read. {_BETWEEN_GRAPHS}"
+            )
 
 
 class _Lowering(Interpreter):
@@ -251,6 +281,7 @@ class _Lowering(Interpreter):
     def __init__(self, graph_module: GraphModule, meta: Mapping[str, Any] | None = None) -> None:
         super().__init__(graph_module)
         self._extra_meta = dict(meta or {})
+        self.place = "the model"  # the operator that is being lowered, and the user's line
 
     def run_node(self, n: Node) -> Any:
         with self._set_current_node(n):
@@ -258,6 +289,8 @@ class _Lowering(Interpreter):
             meta.update(self._extra_meta)
             if state := _autocast_state():
                 meta["custom"] = {**meta.get("custom", {}), "autocast": state}
+            if n.op.startswith("call"):
+                self.place = f"{n.name} ({_name_of(n.target)}){_where()}"
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             return getattr(self, n.op)(n.target, args, kwargs)
 
@@ -268,7 +301,7 @@ class _Lowering(Interpreter):
         if target is _compat.autograd_function_apply:
             raise UnsupportedError(
                 f"the model calls a torch.autograd.Function of its own{_where()}: its backward would be lost in the capture. "
-                "Decorate the function that calls it with torch.compiler.disable, so that it runs between two graphs"
+                f"{_BETWEEN_GRAPHS}"
             )
         if target is _compat.tag_activation_checkpoint:
             body, *operands = args
@@ -309,10 +342,14 @@ def _make_autocast_explicit(graph: Graph) -> None:
         node.kwargs = torch.fx.map_arg(node.kwargs, cast)
 
 
+def _name_of(target: Any) -> str:
+    return target if isinstance(target, str) else str(getattr(target, "__name__", target))
+
+
 def _where() -> str:
     """The user's source line of the node that is being lowered."""
     trace = torch.fx.traceback.get_current_meta().get("stack_trace")
-    lines = [line.strip() for line in (trace or "").splitlines() if line.strip()]
+    lines = [line.strip() for line in (trace or "").splitlines() if line.strip() and set(line.strip()) != {"^"}]
     return f" at {lines[-2]}: {lines[-1]}" if len(lines) > 1 else ""
 
 

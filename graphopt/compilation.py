@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from torch.fx import Graph, Interpreter
+from torch.fx import Graph, GraphModule, Interpreter
 
 from graphopt import _compat
 from graphopt.capture import CapturedGraph
@@ -47,6 +47,19 @@ def compile_graph(
             return lookup_backend("aot_eager")(module, graph.fake_inputs)
         settings = {"post_grad_custom_pre_pass": _cache_key(tuple(item.uuid for item in passes)), **(config or {})}
         return _compat.compile_fx(module, graph.fake_inputs, config_patches=settings)  # type: ignore[return-value]
+
+
+def compile_unlowered(
+    graph_module: GraphModule, example_inputs: Sequence[Any], compiler: str, config: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile one of Dynamo's graphs as ``torch.compile`` does; arguments as in `compile_graph`."""
+    if compiler == "eager":
+        return graph_module.forward
+    if compiler == "aot_eager":
+        from torch._dynamo.backends.registry import lookup_backend
+
+        return lookup_backend("aot_eager")(graph_module, list(example_inputs))
+    return _compat.compile_fx(graph_module, list(example_inputs), config_patches=dict(config or {}))  # type: ignore[return-value]
 
 
 @functools.cache

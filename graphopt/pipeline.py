@@ -109,6 +109,11 @@ class Pass(ABC):
         """Rewrite ``graph``, which is the pass's own copy, and return it; the same object if nothing applies."""
 
     @property
+    def skips_unsupported(self) -> bool:
+        """Whether a graph that cannot even be captured may run without the pass, with rows in the report that say so."""
+        return False
+
+    @property
     def uuid(self) -> str:
         """Identity for the compile caches: a hash of the pass's sources and options."""
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(cast(Any, self))}
@@ -164,12 +169,14 @@ class Record:
         after: the graph that was compiled.
         passes: one entry for each pass, with the graph before and after it.
         seconds: wall time of capture, passes and hand-off (Dynamo's own time not included).
+        uncaptured: rows of parameters in a graph that could not be lowered, and so was compiled as it is.
     """
 
     before: GraphModule
     after: GraphModule
     passes: tuple[PassRecord, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    uncaptured: tuple[Coverage, ...] = ()
 
     @property
     def results(self) -> tuple[PassResult, ...]:
@@ -179,7 +186,7 @@ class Record:
     @property
     def coverage(self) -> tuple[Coverage, ...]:
         """The rows of all passes."""
-        return tuple(row for record in self.passes for row in record.result.coverage)
+        return (*self.uncaptured, *(row for record in self.passes for row in record.result.coverage))
 
     def __repr__(self) -> str:
         return (

@@ -191,7 +191,7 @@ def layers(draw: Any) -> tuple[list[str], Model, Tensor]:
     torch.manual_seed(draw(st.integers(0, 1000)))
     x = torch.randn(num, positions, width, dtype=torch.float64)
     steps: list[nn.Module] = []
-    value = x.float()  # for its shape
+    value = x[:1].float()  # for its shape; one sample, as the loop over samples will see it
     for name in names:
         layer = LAYERS[name](value.shape[1], value.shape[2], draw(st.integers(1, 4)))
         wrap = draw(st.sampled_from([None, None, Residual, Twice]))

@@ -20,11 +20,13 @@ from graphopt import _compat
 from graphopt.capture import NamedTensors, capture_settings, mark_samples
 from graphopt.errors import GraphoptError, UnsupportedError
 from graphopt.pipeline import Coverage, Record, Status
-from graphopt.runtime.bound_graph import BoundGraph
+from graphopt.runtime.bound_graph import BoundGraph, UnboundGraph
 from graphopt.runtime.data_parallel import unwrap
+from graphopt.runtime.statistics import Statistic
 from graphopt.transform import Setup, records, restore, setup_of, with_own_code
 
 _NOT_REACHED = "no captured graph computes a gradient for it"
+_WIDEST_REASON = 60
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,10 @@ class Report:
                     rows[row.name] = row
         names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         for name, parameter in names.items():
-            rows.setdefault(name, Coverage(name, tuple(parameter.shape), Status.SKIPPED, _NOT_REACHED))
+            # Equal layers behind a graph break share one graph, whose record has the names of the first.
+            served = rows.get(Statistic.name_in_graph(parameter) or "")
+            missing = Coverage(name, tuple(parameter.shape), Status.SKIPPED, _NOT_REACHED)
+            rows.setdefault(name, missing if served is None else dataclasses.replace(served, name=name))
         ordered = [rows[name] for name in [*names, *(name for name in rows if name not in names)]]
         return cls(type(model).__name__, tuple(ordered), tuple(found))
 
@@ -96,13 +101,15 @@ class Report:
                 if changes:
                     yield f"    {changes}"
                 yield from (f"    note: {note}" for note in run.result.notes)
+        remarks: dict[str, int] = {}  # reasons that are too long for a cell
         rows = [
             ("parameter", "shape", "status", "by", "FLOP", "bytes"),
-            *(_cells(*group) for group in _grouped(self.coverage)),
+            *(_cells(row, count, remarks) for row, count in _grouped(self.coverage)),
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         for row in rows:
             yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        yield from (f"[{number}] {reason}" for reason, number in remarks.items())
 
 
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
@@ -126,7 +133,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     def collect(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         graph, record = setup.rewrite(graph_module, example_inputs, NamedTensors.of(clone))
         found.append(record)
-        return BoundGraph(graph, lambda: _zeros(graph_module))
+        zeros = _zeros(graph_module)
+        return UnboundGraph(zeros) if graph is None else BoundGraph(graph, lambda: zeros)
 
     mark_samples(clone.forward, args, kwargs, setup.sample_axis)
     try:
@@ -197,10 +205,13 @@ def _grouped(rows: Sequence[Coverage]) -> list[tuple[Coverage, int]]:
     ]  # fmt: skip
 
 
-def _cells(row: Coverage, count: int) -> tuple[str, ...]:
+def _cells(row: Coverage, count: int, remarks: dict[str, int]) -> tuple[str, ...]:
+    reason = row.reason
+    if len(reason) > _WIDEST_REASON:
+        reason = f"[{remarks.setdefault(reason, len(remarks) + 1)}]"
     name = row.name if count == 1 else f"{row.name} x{count}"
     shape = " x ".join(str(size) for size in row.shape) or "scalar"
-    return name, shape, row.status.value, row.reason, _short(row.extra_flops), _short(row.extra_bytes)
+    return name, shape, row.status.value, reason, _short(row.extra_flops), _short(row.extra_bytes)
 
 
 def _numel(row: Coverage) -> int:

@@ -39,6 +39,7 @@ class BoundGraph:
             for described in companions
             if described.companion_of is not None and described.annotation is not None
         ]
+        self._names = [described.name for described in graph.inputs]
         self._output_axes = graph.output_sample_axes
         if companions:
             expose()
@@ -72,6 +73,7 @@ class BoundGraph:
             else:
                 statistic = Statistic.of(args[position])
                 statistic.forget_if_cleared()
+                statistic.name = self._names[position]
                 entries[position] = Entry(statistic, num_samples, None)
             companions.append(statistic.companion_of(key, num_samples))
             if key is SAMPLE_GRAD_NORM:
@@ -92,6 +94,18 @@ class BoundGraph:
         for value, axis in zip(outputs, self._output_axes, strict=True):
             if isinstance(value, Tensor):
                 set_sample_axis(value, axis)
+
+
+class UnboundGraph:
+    """A graph that no pass could read, compiled as it is."""
+
+    def __init__(self, compiled: Callable[..., Any]) -> None:
+        self._compiled = compiled
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the graph on Dynamo's flat arguments."""
+        BoundGraph.num_calls += 1
+        return self._compiled(*args)
 
 
 def _evaluator(size: sympy.Expr, graph: CapturedGraph) -> Callable[[Sequence[Any]], int]:

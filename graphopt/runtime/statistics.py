@@ -38,6 +38,7 @@ class Statistic:
         self._param = weakref.ref(param)
         self.companion = _companion(param)
         self.num_samples = 0
+        self.name: str | None = None  # in the record of the graph that was called with the parameter
         self._task = -1
         self._entered = 0
         self._frames: set[str] = set()
@@ -55,6 +56,12 @@ class Statistic:
         if type(statistic) is not kind or not _fits(statistic.companion, param):
             statistic = _statistics[param] = kind(param)
         return statistic
+
+    @staticmethod
+    def name_in_graph(param: Tensor) -> str | None:
+        """The name under which a graph's record knows the parameter; ``None`` if no graph has been called with it."""
+        statistic = cast("Statistic | None", _statistics.get(param))
+        return None if statistic is None else statistic.name
 
     def forget_if_cleared(self) -> None:
         """Drop the statistic if ``p.grad`` is gone; called before a forward, so that the memory is free during it."""

@@ -88,6 +88,11 @@ class TrueGrad(Pass):
         if isinstance(self.where, list):
             object.__setattr__(self, "where", tuple(self.where))
 
+    @property
+    def skips_unsupported(self) -> bool:
+        """With ``unsupported="skip"``."""
+        return self.unsupported == "skip"
+
     def _checked_statistics(self) -> tuple[str, ...]:
         given = (self.statistics,) if isinstance(self.statistics, str) else tuple(self.statistics)
         derived = [key.name for key in KEYS if key.derive is not None]
