@@ -7,6 +7,7 @@ clear message, rather than later with an unexplained one.
 import importlib
 import re
 import sys
+import types
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,12 @@ def reduce_scatter(output: torch.Tensor, input: torch.Tensor, group: Any) -> Non
     function(output, input, group=group)
 
 
+def reentrant_checkpoint_code() -> types.CodeType:
+    """The code that runs a backward pass within a backward pass."""
+    code: types.CodeType = torch.utils.checkpoint.CheckpointFunction.backward.__code__
+    return code
+
+
 def current_graph_task() -> int:
     """Number of the backward pass that is running on this thread, -1 outside one."""
     return torch._C._current_graph_task_id()
@@ -150,6 +157,16 @@ def one_symbolic_axis(num_axes: int, axis: int | None) -> Any:
 
     sizes = [DimDynamic.DUCK if position == axis else DimDynamic.STATIC for position in range(num_axes)]
     return StatelessSymbolicContext(dynamic_sizes=sizes)
+
+
+def custom_op_parts(op: torch._ops.OpOverload) -> tuple[Callable[..., Any], Callable[..., None], Callable[..., Any]] | None:
+    """Forward, set-up of the context and backward of an operator made by ``torch.library.custom_op``, if it has a backward."""
+    from torch._library.custom_ops import OPDEFS
+
+    definition = OPDEFS.get(op._schema.name)
+    if definition is None or definition._backward_fn is None:
+        return None
+    return definition._init_fn, definition._setup_context_fn or (lambda ctx, inputs, output: None), definition._backward_fn
 
 
 def is_transformed(tensor: torch.Tensor) -> bool:

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from graphopt import _compat
 from graphopt.capture import CapturedGraph, Input, InputKind, lower
 from graphopt.errors import GraphoptError, UnsupportedError
+from graphopt.nn.direct import without_dispatcher
 from graphopt.passes import TrueGrad
 from graphopt.pipeline import run_passes
 from graphopt.recurrent import LOWERED, lower_recurrent
@@ -237,7 +238,9 @@ def _make(call: _Call) -> _Trace:
             + _INSTEAD.format(call=call, where=_where())
         ) from error
     name = repr(call)
-    bound = BoundGraph(graph, lambda: graph.graph_module.forward, lambda: f"{EAGER_CALL}{name} {next(_call_ids)}")
+    bound = BoundGraph(
+        graph, lambda: without_dispatcher(graph.graph_module).forward, lambda: f"{EAGER_CALL}{name} {next(_call_ids)}"
+    )
     return _Trace(bound, spec, leaves, places, _guard(captured, len(places)))
 
 
