@@ -76,7 +76,7 @@ class Graft(WrappingOptimizer):
         factors = list(torch._foreach_norm(self._ask("magnitude", entries)))
         steps = self._ask("direction", entries)
         norms = list(torch._foreach_norm(steps))
-        torch._foreach_clamp_min_(norms, [float(group["eps"]) for group, _ in entries])
+        torch._foreach_clamp_min_(norms, [float(entry.group["eps"]) for entry in entries])
         torch._foreach_div_(factors, norms)
         torch._foreach_mul_(factors, rates(entries))
         torch._foreach_mul_(steps, factors)

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from graphopt.errors import OptionError
-from graphopt.optim.base_optimizer import state_dtype
 from graphopt.optim.weight_decay import WeightDecay, WeightDecayChain
 from graphopt.optim.wrapping_optimizer import Entry, WrappingOptimizer
 
@@ -91,22 +90,24 @@ class OptimizerOptimizer(WrappingOptimizer):
                 raise OptionError(f"{type(self).__name__}: {option}={group[option]}; expected a number")
 
     def _steps(self, entries: Sequence[Entry]) -> tuple[list[Tensor], list[Any]]:
-        inner_rates = self._inner_rates()
+        by_param = self._inner_rates()
+        inner_rates = [by_param[id(entry.param)] for entry in entries]
         steps = self._ask("inner_optimizer", entries)
-        states = [self.state[param] for _, param in entries]
-        for (_, param), state, step in zip(entries, states, steps, strict=True):
+        states = [self.state[entry.param] for entry in entries]
+        for state, step in zip(states, steps, strict=True):
             if "lr_factor" not in state:
-                state["lr_factor"] = torch.ones((), dtype=state_dtype(param), device=param.device)
+                state["lr_factor"] = torch.ones((), dtype=step.dtype, device=step.device)
                 state["previous_update"] = torch.zeros_like(step)
-        alphas = [state["lr_factor"] * float(group["lr"]) for (group, _), state in zip(entries, states, strict=True)]
-        torch._foreach_mul_(steps, alphas)
-        rates = [alpha * inner_rates[id(param)] for alpha, (_, param) in zip(alphas, entries, strict=True)]
+        factors = [state["lr_factor"] for state in states]
         previous = [state["previous_update"] for state in states]
-        for (group, param), state, product in zip(entries, states, torch._foreach_mul(steps, previous), strict=True):
-            inner_rate = inner_rates[id(param)]
+        alphas = [factor * float(entry.group["lr"]) for factor, entry in zip(factors, entries, strict=True)]
+        torch._foreach_mul_(steps, alphas)
+        rates = [alpha * inner_rate for alpha, inner_rate in zip(alphas, inner_rates, strict=True)]
+        products = torch._foreach_mul(steps, previous)
+        for entry, inner_rate, factor, product in zip(entries, inner_rates, factors, products, strict=True):
             if inner_rate:
-                kappa, lowest = float(group["learning_rate_learning_rate"]), float(group["min_lr"])
-                state["lr_factor"].add_(product.sum(), alpha=kappa / inner_rate).clamp_(min=lowest / inner_rate)
+                kappa, lowest = float(entry.group["learning_rate_learning_rate"]), float(entry.group["min_lr"])
+                factor.add_(product.sum(), alpha=kappa / inner_rate).clamp_(min=lowest / inner_rate)
         torch._foreach_copy_(previous, steps)
         return steps, rates
 

@@ -66,7 +66,7 @@ class Sign(WrappingOptimizer):
     def _steps(self, entries: Sequence[Entry]) -> tuple[list[Tensor], list[Any]]:
         steps = self._ask("base", entries)
         signs = list(torch._foreach_sign(steps))
-        grafted = [index for index, (group, _) in enumerate(entries) if group["graft_to_self"]]
+        grafted = [index for index, entry in enumerate(entries) if entry.group["graft_to_self"]]
         if grafted:
             factors = list(torch._foreach_norm([steps[index] for index in grafted]))
             norms = list(torch._foreach_norm([signs[index] for index in grafted]))

@@ -18,6 +18,7 @@ class Entry(NamedTuple):
 
     group: dict[str, Any]
     param: Tensor
+    before: Tensor  # a copy of it, before the step
 
 
 class WrappingOptimizer(BaseOptimizer):
@@ -133,36 +134,42 @@ class WrappingOptimizer(BaseOptimizer):
             self.check()
         self._check_same_params()
         entries = [
-            Entry(group, param) for group in self.param_groups for param in group["params"] if param.grad is not None
+            Entry(group, param, param.detach().clone())
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None
         ]
         if not entries:
             return
         steps, rates = self._steps(entries)
         # Without any state torch.distributed.checkpoint takes an optimizer for a new one, and steps in order to fill it.
-        for _, param in entries:
-            if "step" not in self.state[param]:
-                self.state[param]["step"] = new_count()
-        torch._foreach_add_([self.state[param]["step"] for _, param in entries], 1)
+        states = [self.state[entry.param] for entry in entries]
+        for state in states:
+            state.setdefault("step", new_count())
+        torch._foreach_add_([state["step"] for state in states], 1)
         pulls = self._pulls(entries)
         if pulls is not None:
-            factors = [rate * float(group["weight_decay"]) for rate, (group, _) in zip(rates, entries, strict=True)]
+            decays = [float(entry.group["weight_decay"]) for entry in entries]
+            factors = [rate * decay for rate, decay in zip(rates, decays, strict=True)]
             torch._foreach_mul_(pulls, factors)
             torch._foreach_sub_(steps, pulls)
-        _move([param for _, param in entries], steps)
+        torch._foreach_add_(steps, [_widen(entry.before) for entry in entries])
+        torch._foreach_copy_([entry.param.detach() for entry in entries], steps)
 
     def _ask(self, role: str, entries: Sequence[Entry]) -> list[Tensor]:
         """The step that an inner optimizer would make, in `state_dtype`. The parameters stay as they are."""
-        before = [param.detach().clone() for _, param in entries]
         try:
             self.inner[role].step()
-            steps = torch._foreach_sub([_widen(param) for _, param in entries], [_widen(param) for param in before])
+            after = [_widen(entry.param) for entry in entries]
+            steps = torch._foreach_sub(after, [_widen(entry.before) for entry in entries])
         finally:
-            torch._foreach_copy_([param.detach() for _, param in entries], before)
+            params = [entry.param.detach() for entry in entries]  # again: a step may have given it other memory
+            torch._foreach_copy_(params, [entry.before for entry in entries])
         return list(steps)
 
     def _pulls(self, entries: Sequence[Entry]) -> list[Tensor] | None:
         """What the weight decay subtracts, times its learning rate and ``weight_decay``, in new tensors."""
-        params = [param for _, param in entries]
+        params = [entry.param for entry in entries]
         decay = self.weight_decay_cls
         if decay is None or decay.is_plain:
             if not any(float(group["weight_decay"]) for group in self.param_groups):
@@ -191,7 +198,7 @@ class WrappingOptimizer(BaseOptimizer):
 
 def rates(entries: Sequence[Entry]) -> list[float]:
     """The learning rate of each parameter's group."""
-    return [float(group["lr"]) for group, _ in entries]
+    return [float(entry.group["lr"]) for entry in entries]
 
 
 def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -205,11 +212,6 @@ def _identifiers(state_dict: dict[str, Any]) -> list[Any]:
 
 def _options(role: str) -> str:
     return f"{role}.param_groups"
-
-
-def _move(params: list[Tensor], steps: list[Tensor]) -> None:
-    torch._foreach_add_(steps, [_widen(param) for param in params])
-    torch._foreach_copy_([param.detach() for param in params], steps)
 
 
 def _widen(param: Tensor) -> Tensor:
