@@ -8,7 +8,8 @@ import importlib
 import re
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -184,6 +185,29 @@ def wrap_composition(
         if key in op.py_kernels:
             op.py_kernels[key] = choose(op.py_kernels[key])
     op._dispatch_cache.clear()
+
+
+_detect_is_causal_mask = torch.nn.modules.transformer._detect_is_causal_mask
+
+
+def _is_declared_causal(
+    mask: torch.Tensor | None, is_causal: bool | None = None, size: int | None = None
+) -> bool:
+    return is_causal is True
+
+
+@contextmanager
+def unread_masks() -> Iterator[None]:
+    """While this is entered, the modules of ``torch.nn.Transformer`` do not look whether a mask happens to be the causal one.
+
+    They would do so to take a shortcut that gives the same result; reading a mask's values breaks Dynamo off.
+    """
+    module = torch.nn.modules.transformer
+    module._detect_is_causal_mask = _is_declared_causal  # one and the same object: Dynamo guards on it
+    try:
+        yield
+    finally:
+        module._detect_is_causal_mask = _detect_is_causal_mask
 
 
 def onednn_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -62,13 +62,17 @@ def lower_recurrent(target: Any, args: Sequence[Any], where: str) -> Any:
     """
     register_decompositions()
     if target in _LAYERS and not isinstance(args[3], bool):
-        raise UnsupportedError(
-            f"the model runs a {target.__name__} over a packed sequence{where}, in which no axis counts samples. Pad instead: "
-            "run the layer over the padded batch, and mask its output (or take output[arange(N), lengths - 1] for the last "
-            "state). Or decorate the function that calls it with torch.compiler.disable: then its parameters have gradients, "
-            "but no statistics"
-        )
+        raise packed_error(f"the model runs a {target.__name__} over a packed sequence{where}")
     return _run(target, args)
+
+
+def packed_error(what: str) -> UnsupportedError:
+    """Why a packed sequence is refused, and what to do."""
+    return UnsupportedError(
+        f"{what}, in which no axis counts samples. Pad instead: run the layer over the padded batch, and mask its output (or take "
+        "output[arange(N), lengths - 1] for the last state). Or decorate the function that packs and runs it with "
+        "torch.compiler.disable: then its parameters have gradients, but no statistics"
+    )
 
 
 # --- layers -------------------------------------------------------------------------------------------------------------------
@@ -115,6 +119,7 @@ def _direction(
     weight_ih, weight_hh = params[:2]
     bias_ih, bias_hh = params[2:4] if has_biases else (None, None)
     fixed = [param.detach() for param in params]
+    input = ops.sequence(input)
     rows, states = input.detach(), [state.detach() for state in first]
     values, cell = ops.recurrent_values(mode, rows, states, fixed, reverse)
     start = states[0].unsqueeze(0)
@@ -218,10 +223,13 @@ def _run(target: Any, args: Sequence[Any]) -> Any:
     device = args[0].device.type
     if target not in _LAYERS and device == "cpu" or not torch.is_autocast_enabled(device):
         return LOWERED[target](*args)
-    if device != "cpu" or (target is torch.lstm and len(args[2]) % (4 if args[3] else 2) == 0):
-        args = _cast(args, torch.get_autocast_dtype(device))  # the others run in float32
+    dtype = torch.get_autocast_dtype(device)
+    # torch casts everything, but on a CPU the state of a GRU and the cells of an LSTM with a projection.
+    projects = target is torch.lstm and len(args[2]) % (4 if args[3] else 2) != 0
+    mixed = device == "cpu" and (target is torch.gru or projects)
     with _compat.disable_autocast():
-        return LOWERED[target](*args)
+        results = LOWERED[target](*(args if mixed else _cast(args, dtype)))
+    return (*_cast(results[:2], dtype), results[2]) if mixed and projects else results
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -22,6 +22,16 @@ from torch import Tensor
 
 from graphopt import _compat
 
+@torch.library.custom_op("graphopt::sequence", mutates_args=())
+def sequence(input: Tensor) -> Tensor:
+    """``input`` (T, N, I): says which axis is which, to whom it may concern."""
+    return input.clone()
+
+
+sequence.register_fake(lambda input: torch.empty_like(input))
+sequence.register_autograd(lambda ctx, grad: grad, setup_context=lambda ctx, inputs, output: None)
+
+
 # --- values -----------------------------------------------------------------------------------------------------------------
 
 
@@ -108,9 +118,10 @@ def lstm_backward(
     torch.mul(cells_before, f * (1 - f), out=factors[:, :, 1])
     torch.mul(i, 1 - g * g, out=factors[:, :, 2])
     torch.mul(activated, o * (1 - o), out=factors[:, :, 3])
-    at_output = torch.empty_like(grad_output) if projection is not None else grad_output.new_empty(0)
+    at_output = grad_output.new_empty(grad_output.shape if projection is not None else (0,))
     num, back = input.shape[1], weight_hh.t().contiguous()
-    grad_c, grad_h = grad_cell.clone(), torch.zeros_like(hidden)
+    grad_c = grad_cell.clone(memory_format=torch.contiguous_format)
+    grad_h = hidden.new_zeros(hidden.shape)
     forgets, into_cells, steps = f.unbind(0), into_cell.unbind(0), factors.unbind(0)
     for position in _order(len(input), not reverse):
         grad_h = grad_h.add_(grad_output[position])
@@ -174,7 +185,7 @@ def gru_backward(
     hidden_sides = from_hidden.copy_(sides)
     hidden_sides[:, :, 2].mul_(r)
     at_output = torch.empty_like(output)
-    grad_h = torch.zeros_like(hidden)
+    grad_h = hidden.new_zeros(hidden.shape)
     num, back = input.shape[1], weight_hh.t().contiguous()
     for position in _order(len(input), not reverse):
         total = torch.add(grad_h, grad_output[position], out=at_output[position])
@@ -201,7 +212,7 @@ def rnn_backward(
     Reference: Elman, "Finding structure in time", Cognitive Science 14(2), 1990.
     """
     factors = (output > 0).to(output.dtype) if relu else 1 - output * output
-    grad_h, back = torch.zeros_like(hidden), weight_hh.t().contiguous()
+    grad_h, back = hidden.new_zeros(hidden.shape), weight_hh.t().contiguous()
     for position in _order(len(output), not reverse):
         step = factors[position].mul_(grad_h.add_(grad_output[position]))
         grad_h = _compat.onednn_linear(step, back, None)
@@ -320,6 +331,7 @@ def register_decompositions() -> None:
     """Tell Inductor that the pre-activations are never read, so that it drops what computes them; idempotent."""
     _compat.register_inductor_decompositions(
         {
+            sequence._opoverload: lambda input: input,
             lstm._opoverload: lambda output, last_cell, *_: (output, last_cell),
             gru._opoverload: lambda output, *_: output,
             rnn._opoverload: lambda output, *_: output,
