@@ -12,6 +12,7 @@ from graphopt.errors import GraphoptError as GraphoptError
 from graphopt.inspect.report import Report as Report
 from graphopt.inspect.report import explain as explain
 from graphopt.nn.patching import patch_model as patch_model
+from graphopt.nn.patching import patch_torch as patch_torch
 from graphopt.transform import records as records
 from graphopt.transform import restore as restore
 from graphopt.transform import transform as transform

@@ -113,6 +113,11 @@ def records(model: nn.Module) -> list[Record]:
     return list(found.values())
 
 
+def is_transformed(model: nn.Module) -> bool:
+    """Whether `transform` serves the model."""
+    return isinstance(data_parallel.unwrap(model).__dict__.get(_HANDLE), _Handle)
+
+
 def setup_of(model: nn.Module) -> Setup:
     """The options of a transformed model, or the default ones."""
     handle = data_parallel.unwrap(model).__dict__.get(_HANDLE)

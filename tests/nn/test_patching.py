@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 
 import graphopt
-from graphopt import patch_model
+from graphopt import patch_model, patch_torch
 from graphopt.annotations import NUM_SAMPLES, SUM_GRAD_SQUARED, find
-from graphopt.errors import OptionError
+from graphopt.errors import OptionError, UnsupportedError
 from graphopt.nn import TrueGradParameter
 from tests.nn.cases import N, rand, total
 from tests.oracle import loop_over_samples
@@ -173,3 +174,90 @@ def test_numbers(name):
     reference = step(copy.deepcopy(model), *inputs)
     torch.testing.assert_close(step(patch_model(model), *inputs), reference, rtol=1e-12, atol=1e-12)
     assert_exact(model, expected)
+
+
+# --- patch_torch ------------------------------------------------------------------------------------------------------------
+
+
+def everything():
+    """What `patch_torch` could have changed."""
+    return {
+        (owner.__name__, name): value
+        for owner in (torch, nn, F, nn.Module, nn.Linear, nn.Parameter)
+        for name, value in vars(owner).items()
+    }
+
+
+def test_patch_torch_serves_models_that_are_made_and_called_inside():
+    x = ids()
+    with patch_torch():
+        model = Mixed().double()
+        nn.Linear(2, 3, device="cpu", dtype=torch.float64)
+        expected = loop_over_samples(graphopt.restore(copy.deepcopy(model)), (x,), total, reduction="sum")
+        with torch.no_grad():
+            model(x)
+        assert not isinstance(model.shift, TrueGradParameter)
+        step(model, x)
+        nn.CrossEntropyLoss()(rand(N, 3), torch.zeros(N, dtype=torch.long))
+        assert isinstance(model.shift, TrueGradParameter)
+        assert_exact(model, expected)
+    assert not isinstance(model.shift, TrueGradParameter)
+    assert_exact(model, expected)  # until the gradients are cleared
+    model.zero_grad()
+    assert find(model.shift, SUM_GRAD_SQUARED) is None
+
+
+def test_patch_torch_leaves_nothing_behind():
+    graphopt.annotations.expose()
+    before = everything()
+    with patch_torch():
+        inside = nn.Module.__call__
+        with patch_torch():
+            assert nn.Module.__call__ is inside
+        step(nn.Linear(3, 2), torch.randn(N, 3))
+        assert nn.Module.__call__ is inside
+    with pytest.raises(ZeroDivisionError), patch_torch():
+        raise ZeroDivisionError
+    after = everything()
+    assert all(after[key] is before[key] for key in before)
+    assert set(after) == set(before)
+
+
+def test_patch_torch_refuses_by_name():
+    with patch_torch(), pytest.raises(UnsupportedError, match=r"weight: .*sparse=False"):
+        nn.Embedding(7, 3, sparse=True)(ids())
+
+
+def test_patch_torch_leaves_what_is_served_already():
+    model = graphopt.transform(nn.Linear(3, 2), [], compiler="eager")
+    layer = graphopt.nn.Linear(3, 2)
+    with patch_torch():
+        model(torch.randn(N, 3)), layer(torch.randn(N, 3))
+    assert graphopt.records(model)
+    assert "_compiled_call_impl" not in layer.__dict__
+
+
+def hugging_face(name):
+    if name == "bert":
+        config = transformers.BertConfig(
+            vocab_size=7,
+            hidden_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=8,
+        )
+        return transformers.BertForSequenceClassification(config), (ids(),)
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic")
+    return transformers.ResNetForImageClassification(config), (rand(N, 3, 32, 32),)
+
+
+@pytest.mark.parametrize("name", ["bert", "resnet"])
+def test_patch_torch_serves_every_parameter_of(name):
+    model, inputs = hugging_face(name)
+    with patch_torch():
+        total(model.double()(*inputs).logits).backward()
+    for name, param in model.named_parameters():
+        assert param.grad is not None, name
+        assert find(param, SUM_GRAD_SQUARED).isfinite().all(), name
+        assert find(param, NUM_SAMPLES) == N
