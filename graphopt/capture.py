@@ -133,12 +133,24 @@ class NamedTensors:
     """Names of the parameters and buffers of a model that is known; empty for ``torch.compile(backend="graphopt")``."""
 
     names: dict[int, str] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ()  # what forward calls its positional arguments
+
+    def name_of(self, source: str) -> str:
+        """The name that the user knows an input by, given Dynamo's for it."""
+        name = plain_name(source)
+        kind, _, rest = name.partition(".")
+        number, _, inner = rest.partition(".")
+        if kind == "args" and number.isdigit() and int(number) < len(self.arguments):
+            return ".".join(filter(None, [self.arguments[int(number)], inner]))
+        return rest if kind == "kwargs" and rest else name
 
     @classmethod
     def of(cls, model: nn.Module) -> NamedTensors:
         """Names by identity; a tied parameter has its first name."""
         named = itertools.chain(model.named_parameters(), model.named_buffers())
-        return cls({id(tensor): name for name, tensor in named})
+        takes = inspect.signature(model.forward).parameters.values()
+        arguments = tuple(p.name for p in takes if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+        return cls({id(tensor): name for name, tensor in named}, arguments)
 
 
 def mark_samples(forward: Callable[..., Any], args: Any, kwargs: Any, option: SampleAxisOption = 0) -> None:
@@ -179,10 +191,11 @@ def capture_settings() -> Iterator[None]:
     """How Dynamo traces what graphopt captures; it wants to be told the same at every call.
 
     Hooks that are registered later must be seen: by default Dynamo does not guard on them. Passes need whole graphs: by default
-    Dynamo splits those of a DistributedDataParallel at the edges of its buckets, and breaks off at a recurrent layer.
+    Dynamo splits those of a DistributedDataParallel at the edges of its buckets, and breaks off at recurrent layers and where
+    ``torch.nn.Transformer`` reads a mask.
     """
     settings = {"skip_nnmodule_hook_guards": False, "optimize_ddp": False, "allow_rnn": True}
-    with torch._dynamo.config.patch(settings), opaque_layers():
+    with torch._dynamo.config.patch(settings), opaque_layers(), _compat.unread_masks():
         yield
 
 
@@ -210,7 +223,7 @@ def describe_inputs(
     described = []
     for node, value in zip(graph_module.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         source = _source(node)
-        name = named.names.get(id(value)) or plain_name(source.name if source is not None else node.name)
+        name = named.names.get(id(value)) or named.name_of(source.name if source is not None else node.name)
         if not isinstance(value, Tensor):
             described.append(Input(InputKind.SIZE, name))
         elif isinstance(value, nn.Parameter):
