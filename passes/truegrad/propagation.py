@@ -14,7 +14,7 @@ from graphopt.capture import CapturedGraph, InputKind
 from graphopt.errors import SampleAxisError
 from graphopt.inspect.location import describe
 from graphopt.passes.truegrad import axes, rules  # noqa: F401  register the axis rules
-from graphopt.passes.truegrad.axes.indexing import RAGGED_BAGS
+from graphopt.passes.truegrad.axes.indexing import RAGGED_BAGS, counts_up
 from graphopt.passes.truegrad.sample_axis import (
     FREE,
     Free,
@@ -86,7 +86,7 @@ class _Propagation:
         value = node.meta.get("val")
         outputs = list(value) if isinstance(value, list | tuple) else [value]
         found = [self._visit_output(node, output) for output in outputs]
-        if cast(Any, node.target)._schema.is_mutable:
+        if _writes(node):
             self._written(node, found[0])
         return found if isinstance(value, list | tuple) else found[0]
 
@@ -105,8 +105,9 @@ class _Propagation:
             self._refuse(node, known)
         if op in _CREATIONS:
             return self._fresh(node, value)
-        if op in axis_rules:
-            axis = axis_rules[op](node, value, self)
+        rule = axis_rules.get(op) or (axis_rules.get(op.removesuffix("_")) if _writes(node) else None)
+        if rule is not None:
+            axis = rule(node, value, self)
         elif is_pointwise(node.target):
             axis = self._pointwise(node, value)
         else:
@@ -134,7 +135,7 @@ class _Propagation:
             return FREE
         if len(found) == 1 and sizes[found[0]] in self.sources:
             num = sizes[found[0]]
-            return SampleAxis(found[0], num, self.sources[num], is_iota=_counts_up(node))
+            return SampleAxis(found[0], num, self.sources[num], is_iota=counts_up(node))
         return Lost(node, "rows in an order that is not known")
 
     def _pointwise(self, node: Node, value: Tensor) -> Layout:
@@ -154,17 +155,12 @@ class _Propagation:
         )
 
 
+def _writes(node: Node) -> bool:
+    return bool(cast(Any, node.target)._schema.is_mutable)
+
+
 def _is_view(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
-
-
-def _counts_up(node: Node) -> bool:
-    """Whether a node gives 0, 1, 2, ..."""
-    op, args = node.target, cast(Any, node.args)
-    return op is torch.ops.aten.arange.default or (
-        (op is torch.ops.aten.arange.start and args[0] == 0)
-        or (op is torch.ops.aten.arange.start_step and args[0] == 0 and (len(args) < 3 or args[2] == 1))
-    )
 
 
 def _is_tensor(node: Node) -> bool:

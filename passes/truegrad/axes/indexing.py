@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import sympy
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from graphopt.passes.truegrad.sample_axis import (
+    FREE,
     Free,
     Known,
     Layout,
@@ -20,11 +21,20 @@ from graphopt.passes.truegrad.sample_axis import (
     Size,
     argument_of,
     axis_rule,
+    axis_rules,
     shape_of,
     size_of,
     value_of,
 )
 
+REORDERED = (
+    "samples are reordered by an index, and which sample a row belongs to is not known. Reorder the batch in front of the model, "
+    "or the rows within each sample: x.gather(1, index)"
+)
+MASKED = (
+    "samples are selected by a mask, and which sample a row belongs to is not known. Keep all rows and weight them: "
+    "torch.where(mask, x, 0), or a loss that is multiplied with the mask"
+)
 RAGGED_BAGS = (
     "bags of different lengths (offsets). Give the bags as a matrix of indices, one row for each sample, filled up with "
     "padding_idx: embedding_bag(indices_2d, table, padding_idx=...)"
@@ -47,9 +57,12 @@ def index_select(node: Node, value: Tensor, known: Known) -> Layout:
     layout, indices = known.layout(node.args[0]), known.layout(node.args[2])
     if isinstance(layout, Free) and isinstance(indices, SampleAxis):
         return indices.at(dim)
-    if isinstance(indices, Free) and isinstance(layout, SampleAxis) and dim != layout.axis:
-        return layout
-    return Lost(node, "samples are reordered")
+    if isinstance(layout, SampleAxis) and dim != layout.axis:
+        return layout if isinstance(indices, Free) else Lost(node, REORDERED)
+    numbers = row_numbers(cast(Node, node.args[2])) if isinstance(layout, SampleAxis) else None
+    if isinstance(layout, SampleAxis) and numbers is not None:
+        return selected(layout, numbers) or Lost(node, REORDERED)
+    return Lost(node, REORDERED)
 
 
 @axis_rule("gather", "take_along_dim", "take")
@@ -59,15 +72,70 @@ def gather(node: Node, value: Tensor, known: Known) -> Layout:
     indices_at, dim_at = (2, 1) if op == "gather" else (1, 2)
     layout, indices = known.layout(node.args[0]), known.layout(node.args[indices_at])
     if not isinstance(indices, SampleAxis):
-        return Lost(node, "samples are reordered")
+        return Lost(node, REORDERED)
     if isinstance(layout, Free):
         shift = value.ndim - value_of(node.args[indices_at]).ndim  # take_along_dim broadcasts
         return indices.at(indices.axis + shift)
     dim = argument_of(node, dim_at, "dim")
     if op == "take" or dim is None or not isinstance(layout, SampleAxis):
-        return Lost(node, "samples are reordered")
+        return Lost(node, REORDERED)
     same = layout.at(layout.axis) == indices.at(indices.axis)
-    return indices.at(indices.axis) if same and layout.axis != dim % value.ndim else Lost(node, "samples are reordered")
+    return indices.at(indices.axis) if same and layout.axis != dim % value.ndim else Lost(node, REORDERED)
+
+
+def counts_up(node: Node) -> bool:
+    """Whether a node gives 0, 1, 2, ..."""
+    op, args = node.target, cast(Any, node.args)
+    return op is torch.ops.aten.arange.default or (
+        (op is torch.ops.aten.arange.start and args[0] == 0)
+        or (op is torch.ops.aten.arange.start_step and args[0] == 0 and (len(args) < 3 or args[2] == 1))
+    )
+
+
+def row_numbers(index: Node) -> SampleAxis | None:
+    """How an index counts the rows of a table, if it is ``arange(rows)`` in another shape, each perhaps several times.
+
+    Returns:
+        A layout in which ``num`` is the number of rows, not of samples.
+    """
+    if counts_up(index):
+        return SampleAxis(0, shape_of(value_of(index))[0], (-1, -1))
+    if not isinstance(index.target, torch._ops.OpOverload):
+        return None
+    op = index.target.overloadpacket.__name__
+    first = index.args[0] if index.args else None
+    if op not in _SAME_NUMBERS or not isinstance(first, Node):
+        return None
+    found = row_numbers(first)
+    if found is None:
+        return None
+    layout = axis_rules[op](index, value_of(index), _Only(first, found))
+    return layout if isinstance(layout, SampleAxis) else None
+
+
+def selected(layout: SampleAxis, numbers: SampleAxis) -> SampleAxis | None:
+    """Where the samples are in ``table[index]``, for an index as `row_numbers` gives it that counts all rows of the table."""
+    if sympy.cancel(layout.outer * layout.num * layout.inner - numbers.num) != 0:
+        return None
+    outer, inner = layout.outer * numbers.outer, layout.inner * numbers.inner
+    return SampleAxis(layout.axis, layout.num, layout.source, outer, inner)
+
+
+_SAME_NUMBERS = frozenset(
+    "view reshape unsqueeze squeeze flatten unflatten expand repeat repeat_interleave clone contiguous to _to_copy detach alias "
+    "transpose permute t _unsafe_view expand_as".split()
+)
+
+
+@dataclass(frozen=True)
+class _Only:
+    """Knows the layout of one node."""
+
+    node: Node
+    known: SampleAxis
+
+    def layout(self, node: Any) -> Layout:
+        return self.known if node is self.node else FREE
 
 
 @axis_rule("embedding_bag")
@@ -107,7 +175,7 @@ def index(node: Node, value: Tensor, known: Known) -> Layout:
     indices = list(cast(Sequence[Any], node.args[1]))
     given = [position for position, index in enumerate(indices) if index is not None]
     if any(value_of(indices[position]).dtype is torch.bool for position in given):
-        return Lost(node, "samples are selected by a mask")
+        return Lost(node, MASKED)
     adjacent = given == list(range(given[0], given[-1] + 1))
     block = max(value_of(indices[position]).ndim for position in given)
     start = given[0] if adjacent else 0
@@ -118,12 +186,15 @@ def index(node: Node, value: Tensor, known: Known) -> Layout:
     }
     if isinstance(layout, SampleAxis):
         if layout.axis in given:
+            numbers = row_numbers(indices[layout.axis]) if len(given) == 1 else None
+            if numbers is not None and (found := selected(layout, numbers)) is not None:
+                return found.at(start + numbers.axis)
             own = known.layout(indices[layout.axis])
             follows = isinstance(own, SampleAxis) and own.is_iota and layout.is_plain
-            return rows.pop() if follows and len(rows) == 1 else Lost(node, "samples are reordered")
+            return rows.pop() if follows and len(rows) == 1 else Lost(node, REORDERED)
         if rows:
             return Lost(node, "samples meet on different axes")
         before = sum(position < layout.axis for position in given)
         shifted = layout.axis - before + (block if start <= layout.axis - before or not adjacent else 0)
         return layout.at(shifted)
-    return rows.pop() if len(rows) == 1 else Lost(node, "samples are reordered")
+    return rows.pop() if len(rows) == 1 else Lost(node, REORDERED)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import string
+from typing import cast
+
 from torch import Tensor
 from torch.fx import Node
 
-from graphopt.passes.truegrad.equation import PRODUCTS, equation_of
+from graphopt.passes.truegrad.equation import PRODUCTS, Equation, equation_of
 from graphopt.passes.truegrad.sample_axis import Known, Layout, Lost, SampleAxis, axis_rule, value_of
 
 
@@ -13,8 +16,20 @@ from graphopt.passes.truegrad.sample_axis import Known, Layout, Lost, SampleAxis
 def product(node: Node, value: Tensor, known: Known) -> Layout:
     """The letter of the samples must stand in the result, and once in each operand (`graphopt.passes.truegrad.equation`)."""
     equation = equation_of(node)
-    if isinstance(equation, str):
-        return Lost(node, equation)
+    return Lost(node, equation) if isinstance(equation, str) else _follow(node, value, known, equation)
+
+
+@axis_rule("cdist", "_euclidean_dist")
+def distances(node: Node, value: Tensor, known: Known) -> Layout:
+    """Distances of rows from rows have the axes of ``left @ right.mT``."""
+    left, right = cast(tuple[Node, Node], node.args[:2])
+    batches = [value_of(side).ndim - 2 for side in (left, right)]
+    shared = string.ascii_lowercase[: max(batches)]
+    letters = tuple(shared[len(shared) - count :] + row for count, row in zip(batches, ("xy", "zy"), strict=True))
+    return _follow(node, value, known, Equation((left, right), letters, shared + "xz"))
+
+
+def _follow(node: Node, value: Tensor, known: Known, equation: Equation) -> Layout:
     found = set()
     for letters, operand in zip(equation.letters, equation.operands, strict=True):
         layout = known.layout(operand)

@@ -23,7 +23,8 @@ from graphopt.passes.truegrad.sample_axis import (
 )
 
 
-@axis_rule(*"view reshape _unsafe_view flatten unflatten squeeze unsqueeze view_as reshape_as _reshape_alias".split())
+@axis_rule(*"view reshape _unsafe_view flatten unflatten squeeze unsqueeze view_as reshape_as _reshape_alias "
+           "atleast_1d atleast_2d atleast_3d ravel".split())  # fmt: skip
 def reshape(node: Node, value: Tensor, known: Known) -> Layout:
     """The block of rows that belong to samples must lie along one axis of the result."""
     layout = known.layout(node.args[0])
@@ -33,7 +34,16 @@ def reshape(node: Node, value: Tensor, known: Known) -> Layout:
     return found or Lost(node, "a view cuts through samples")
 
 
-@axis_rule(*"permute transpose t numpy_T movedim swapaxes swapdims mT adjoint moveaxis".split())
+@axis_rule("view_as_complex", "view_as_real")
+def complex_view(node: Node, value: Tensor, known: Known) -> Layout:
+    """Real and imaginary part lie on an axis of their own, the last."""
+    layout = known.layout(node.args[0])
+    if isinstance(layout, SampleAxis) and layout.axis < min(value.ndim, value_of(node.args[0]).ndim):
+        return layout
+    return Lost(node, "samples on the axis of real and imaginary parts")
+
+
+@axis_rule(*"permute transpose t numpy_T movedim swapaxes swapdims mT mH adjoint moveaxis".split())
 def permutation(node: Node, value: Tensor, known: Known) -> Layout:
     """The axis moves."""
     layout = known.layout(node.args[0])
@@ -70,6 +80,8 @@ def repeat_interleave(node: Node, value: Tensor, known: Known) -> Layout:
     """Copies of each row behind it."""
     layout = known.layout(node.args[0])
     dim = argument_of(node, 2, "dim")
+    if dim is None and value_of(node.args[0]).ndim == 1:
+        dim = 0
     if not isinstance(layout, SampleAxis) or dim is None:
         return Lost(node, "samples are repeated")
     if cast(int, dim) % value.ndim != layout.axis:
@@ -107,7 +119,7 @@ def _permuted(node: Node, ndim: int) -> list[int]:
         return [cast(int, axis) % ndim for axis in cast(Sequence[Any], node.args[1])]
     if op in ("t", "numpy_T"):
         return order[::-1]
-    if op in ("mT", "adjoint"):
+    if op in ("mT", "mH", "adjoint"):
         return [*order[:-2], *order[:-3:-1]]
     first, second = node.args[1], node.args[2]
     if op in ("movedim", "moveaxis"):
