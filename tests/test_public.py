@@ -21,6 +21,9 @@ NAMES = {
     "optim",
     "passes",
     "GraphoptError",
+    "nn",
+    "patch_model",
+    "patch_torch",
 }  # grows with design.md, section 5
 
 

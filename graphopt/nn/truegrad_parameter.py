@@ -43,9 +43,10 @@ class TrueGradParameter(nn.Parameter, metaclass=_ByTable):
     ``torch.nn.Parameter``: it becomes a `TrueGradParameter` by being used in such a module, not by being built as one.
 
         >>> import torch, graphopt
-        >>> isinstance(graphopt.nn.Linear(2, 3).weight, graphopt.nn.TrueGradParameter)
+        >>> layer, plain = graphopt.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+        >>> isinstance(layer.weight, graphopt.nn.TrueGradParameter)
         True
-        >>> isinstance(torch.nn.Linear(2, 3).weight, graphopt.nn.TrueGradParameter)
+        >>> isinstance(plain.weight, graphopt.nn.TrueGradParameter)
         False
     """
 

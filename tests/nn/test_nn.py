@@ -1,6 +1,7 @@
 """What graphopt.nn promises beside its numbers: names, signatures, identity, lifetime, and errors that say what to type."""
 
 import copy
+import doctest
 import inspect
 import io
 import pickle
@@ -15,7 +16,7 @@ import graphopt
 from graphopt import nn
 from graphopt.annotations import NUM_SAMPLES, SUM_GRAD_SQUARED, find
 from graphopt.errors import MissingAnnotation, StaleAnnotation, UnsupportedError
-from graphopt.nn import traced_call
+from graphopt.nn import traced_call, truegrad_parameter
 from graphopt.passes import TrueGrad
 from tests.nn.cases import N, rand
 from tests.oracle import loop_over_samples
@@ -116,6 +117,12 @@ def test_truegrad_parameter_cannot_be_built():
         nn.TrueGradParameter(torch.zeros(2))
     assert type(nn.Linear(2, 3).weight) is torch_nn.Parameter
     assert not isinstance(torch.zeros(2), nn.TrueGradParameter)
+
+
+def test_examples_in_docstrings():
+    results = doctest.testmod(truegrad_parameter)
+    assert results.attempted
+    assert not results.failed
 
 
 def test_membership_follows_copies_and_conversions():
@@ -262,6 +269,15 @@ def test_inside_a_transformed_model_the_whole_graph_serves():
     graphopt.transform(model, [TrueGrad()], compiler="aot_eager")
     smooth(model(x)).backward()
     torch.testing.assert_close(statistic(module.weight), expected["0.weight"].sum_grad_squared, rtol=1e-9, atol=1e-12)
+
+
+def test_torch_compile_sees_torchs_own_forward():
+    module, x = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm([1, 3]), nn.ReLU(), nn.Linear(3, 2)).double(), rand(N, 3)
+    compiled = torch.compile(copy.deepcopy(module), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), module(x))
+    graphopt.transform(module, [TrueGrad()], compiler="aot_eager", options={"fullgraph": True})
+    smooth(module(x)).backward()
+    assert all(find(param, NUM_SAMPLES) == N for param in module.parameters())
 
 
 def test_torch_func_and_fake_tensors_go_through():

@@ -150,7 +150,25 @@ def test_no_model():
         patch_model(nn.Parameter(torch.zeros(2)))
 
 
+class Views(nn.Module):
+    """One weight, transposed, cut in three and expanded; a layer used twice; functions without modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.randn(3, 9)), nn.Parameter(torch.randn(1, 3))
+        self.conv = nn.Conv1d(3, 3, 3, padding=1)
+        self.gain = nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        first, second, third = self.weight.t().split(3)
+        x = F.linear(x, first) * F.linear(x, second) + F.linear(x, third)
+        x = x * self.scale.expand(x.shape[0], 3)[:, None]
+        x = torch.tanh(self.conv(torch.tanh(self.conv(x.transpose(1, 2)))))
+        return F.prelu(F.group_norm(x, 3, self.gain), self.gain.abs())
+
+
 MODELS = {
+    "views": (Views, lambda: (rand(N, 5, 3),)),
     "convolutions": (
         lambda: nn.Sequential(
             nn.Conv2d(4, 4, 3, groups=2, padding="same", padding_mode="circular"), nn.GroupNorm(2, 4), nn.PReLU(),
