@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from graphopt.passes.truegrad import ops
+from tests import test_recurrent_ops
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -81,7 +82,7 @@ def test_every_registered_operator_is_tested():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("graphopt::")
     }
-    assert set(SAMPLE_INPUTS) == registered
+    assert set(SAMPLE_INPUTS) | set(test_recurrent_ops.SAMPLE_INPUTS) == registered
 
 
 @pytest.mark.parametrize(("name", "args"), CASES)
