@@ -6,6 +6,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any, cast
 
+import sympy
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -24,8 +25,10 @@ from graphopt.passes.truegrad.sample_axis import (
     SampleAxis,
     Size,
     axis_rules,
+    functional_name,
     is_pointwise,
     shape_of,
+    size_of,
     value_of,
 )
 
@@ -105,7 +108,7 @@ class _Propagation:
             self._refuse(node, known)
         if op in _CREATIONS:
             return self._fresh(node, value)
-        rule = axis_rules.get(op) or (axis_rules.get(op.removesuffix("_")) if _writes(node) else None)
+        rule = axis_rules.get(op) or axis_rules.get(functional_name(node))
         if rule is not None:
             axis = rule(node, value, self)
         elif is_pointwise(node.target):
@@ -136,7 +139,22 @@ class _Propagation:
         if len(found) == 1 and sizes[found[0]] in self.sources:
             num = sizes[found[0]]
             return SampleAxis(found[0], num, self.sources[num], is_iota=counts_up(node))
-        return Lost(node, "rows in an order that is not known")
+        return self._repeated(node, value) or Lost(node, "rows in an order that is not known")
+
+    def _repeated(self, node: Node, value: Tensor) -> Layout | None:
+        """``value.repeat(batch, 1)``: each sample has a copy of the whole value, one behind the other."""
+        if node.target is not torch.ops.aten.repeat.default:
+            return None
+        times = [size_of(item.meta["val"] if isinstance(item, Node) else item) for item in cast(Any, node.args[1])]
+        found = [axis for axis, count in enumerate(times) if count in self.sources]
+        others = {symbol for axis, count in enumerate(times) if axis not in found for symbol in count.free_symbols}
+        copied = value_of(node.args[0])
+        if len(found) != 1 or others or any(size.free_symbols for size in shape_of(copied)):
+            return None
+        (axis,) = found
+        own = axis - (value.ndim - copied.ndim)
+        rows = shape_of(copied)[own] if own >= 0 else sympy.S.One
+        return SampleAxis(axis, times[axis], self.sources[times[axis]], inner=rows)
 
     def _pointwise(self, node: Node, value: Tensor) -> Layout:
         found = {
@@ -147,7 +165,7 @@ class _Propagation:
         return found.pop() if len(found) == 1 else Lost(node, "samples meet on different axes")
 
     def _refuse(self, node: Node, known: Sequence[SampleAxis]) -> None:
-        names = sorted({self.graph.inputs[layout.source[0]].name for layout in known})
+        names = [self.graph.inputs[position].name for position in sorted({layout.source[0] for layout in known})]
         option = {name.rpartition(".")[2]: None for name in names[1:]}
         raise SampleAxisError(
             f"{describe(node)} joins values whose samples are counted by different inputs: {', '.join(names)}. Say which input "
