@@ -116,8 +116,11 @@ def _beside(
     node: Node, context: Context, normalised: Node, *affine: tuple[int, Node | None], channels: bool = False
 ) -> Node:
     """The operator, and beside it product and sum with the parameters' rows; ``affine`` are the places of weight and bias."""
-    editor, args = context.editor, list(node.args)
+    editor, args, dtype = context.editor, list(node.args), node.meta["val"].dtype
     tangent = editor.detached(normalised)
+    wide = torch.promote_types(dtype, torch.float32)
+    if wide != dtype:  # products and their sums are rounded once, as the operator's own backward does
+        tangent = editor.call(aten._to_copy.default, tangent, dtype=wide)
     for (place, value), operation in zip(affine, (aten.mul.Tensor, aten.add.Tensor), strict=False):
         if value is None or value not in context.uses.params:
             continue
@@ -125,7 +128,6 @@ def _beside(
         rows = context.batched(over_channels(value, node, context) if channels else value, node)
         tangent = editor.call(operation, tangent, rows)
     result = editor.call(cast(Any, node.target), *args, **node.kwargs)
-    dtype = node.meta["val"].dtype
     if tangent.meta["val"].dtype != dtype:
         tangent = editor.call(aten._to_copy.default, tangent, dtype=dtype)
     return editor.call(torch.ops.graphopt.with_tangent.default, result, tangent)
