@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.harness import Benchmark, Case, Rival
@@ -127,12 +128,14 @@ def _without_name(method: dict[str, Any]) -> dict[str, Any]:
 
 
 def cases(quick: bool) -> tuple[Case, ...]:
-    """BERT, the MLP at two batch sizes, GPT-2 with a large and a small tied embedding, and BERT's start."""
+    """BERT, the MLP at two batch sizes, GPT-2 with a large and a small tied embedding, CNNs, and BERT's start."""
     bert = {"kind": "bert", **({"layers": 2, "hidden": 64, "heads": 2, "batch": 4, "length": 16} if quick else {})}
     return (
         _bert(bert),
         *(_mlp(batch, {"kind": "mlp", "batch": batch, **({"hidden": 64} if quick else {})}) for batch in (256, 64)),
         *(_gpt2(vocabulary, quick) for vocabulary in (50257, 256)),
+        _resnet(quick),
+        _cnn(quick),
         Case(
             name="bert-starts",
             title="First training step of the same BERT in a new process, without and with filled compile caches",
@@ -181,6 +184,37 @@ def _gpt2(vocabulary: int, quick: bool) -> Case:
     )
 
 
+def _resnet(quick: bool) -> Case:
+    """Peers do not have the statistic with BatchNorm, whose samples are not independent; they run with GroupNorm.
+
+    So the check, a loop over samples, is made with GroupNorm; the tests compare BatchNorm with a copy of the parameters for
+    each sample.
+    """
+    small = {"kind": "resnet", "width": 8, "blocks": 1, "size": 8, "batch": 4, "grouped": True}
+    sizes = {**small, "grouped": False} if quick else {"kind": "resnet"}
+    ours = [_rival(name, sizes, small) for name in ("eager", "inductor", "graphopt")]
+    grouped = {**sizes, "grouped": True}
+    peers = [_rival(name, grouped, small, chunk=8) for name in ("opacus", "vmap-grad", "vmap-grad-compiled")]
+    notes = ["; ".join(part for part in ("with GroupNorm", peer.note) if part) for peer in peers]
+    return Case(
+        name="resnet",
+        title="One training step of a residual network with BatchNorm, 32 to 128 channels, 64 images of 32x32, AdamW",
+        rivals=(*ours, *(replace(peer, note=note) for peer, note in zip(peers, notes, strict=True))),
+        baseline="inductor",
+    )
+
+
+def _cnn(quick: bool) -> Case:
+    small = {"kind": "cnn", "width": 8, "size": 8, "batch": 4}
+    names = ("eager", "inductor", "graphopt", "backpack", "opacus", "vmap-grad", "vmap-grad-compiled")
+    return Case(
+        name="cnn",
+        title="One training step of six convolutions in a row, 32 to 128 channels, 64 images of 32x32, AdamW",
+        rivals=tuple(_rival(name, small if quick else {"kind": "cnn"}, small, chunk=8) for name in names),
+        baseline="inductor",
+    )
+
+
 def _rival(name: str, sizes: dict[str, Any], small: dict[str, Any] | None = None, *, chunk: int = 1) -> Rival:
     """The rival of that name on a workload; checked on ``small`` if it has the statistic."""
     description: dict[str, Any] = {
@@ -211,7 +245,7 @@ def _rival(name: str, sizes: dict[str, Any], small: dict[str, Any] | None = None
         "opacus": {
             "label": "Opacus",
             "method": {"name": "opacus"},
-            "note": "BERT is given its position ids explicitly",
+            "note": "BERT is given its position ids explicitly" if sizes["kind"] == "bert" else "",
         },
         "backpack": {"label": "BackPACK SumGradSquared", "method": {"name": "backpack"}},
         "truegrad-patch-model": {"label": "TrueGrad patch_model", "method": {"name": "truegrad_patch_model"}},

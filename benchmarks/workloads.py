@@ -52,13 +52,13 @@ def make(kind: str, *, dropout: bool = True, seed: int = 0, **sizes: int) -> Wor
     """Build a workload, the same one for the same arguments.
 
     Args:
-        kind: ``"bert"``, ``"gpt2"`` or ``"mlp"``.
+        kind: ``"bert"``, ``"gpt2"``, ``"mlp"``, ``"resnet"`` or ``"cnn"``.
         dropout: Whether the model's default dropout stays.
         seed: Of the weights and the data; afterwards torch's generator goes on from there.
         sizes: The keyword arguments of the function of that name below.
     """
     torch.manual_seed(seed)
-    makers: dict[str, Callable[..., Workload]] = {"bert": bert, "gpt2": gpt2, "mlp": mlp}
+    makers: dict[str, Callable[..., Workload]] = {"bert": bert, "gpt2": gpt2, "mlp": mlp, "resnet": resnet, "cnn": cnn}
     workload = makers[kind](**sizes)
     workload.model.train()
     if not dropout:
@@ -113,6 +113,66 @@ def mlp(*, inputs: int = 784, hidden: int = 1024, depth: int = 3, outputs: int =
     model = nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
     data = {"x": torch.randn(batch, inputs), "y": torch.randint(outputs, (batch,))}
     return Workload(model, data, _apply_to_x, _cross_entropy_of_y)
+
+
+def resnet(
+    *, width: int = 32, blocks: int = 2, size: int = 32, outputs: int = 10, batch: int = 64, grouped: bool = False
+) -> Workload:
+    """A residual network for images of CIFAR's size: three stages of 3x3 convolutions, each half as large and twice as wide.
+
+    Args:
+        width: Channels of the first stage.
+        blocks: Residual blocks of each stage, two convolutions each.
+        size: Rows and columns of an image.
+        outputs: Classes.
+        batch: Images.
+        grouped: GroupNorm instead of BatchNorm, which makes samples independent of each other.
+    """
+    stages = [_Block(3, width, 1, grouped)]
+    for stage in range(3):
+        for block in range(blocks):
+            inputs = stages[-1].outputs
+            stages.append(_Block(inputs, width << stage, 2 if stage and not block else 1, grouped))
+    model = nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(stages[-1].outputs, outputs))
+    return Workload(model, _images(batch, size, outputs), _apply_to_x, _cross_entropy_of_y)
+
+
+def cnn(*, width: int = 32, size: int = 32, outputs: int = 10, batch: int = 64) -> Workload:
+    """Convolutions, ReLU and pooling in a row, without anything that BackPACK does not know."""
+    layers: list[nn.Module] = []
+    inputs = 3
+    for stage in range(3):
+        for _ in range(2):
+            layers += [nn.Conv2d(inputs, width << stage, 3, padding=1), nn.ReLU()]
+            inputs = width << stage
+        layers.append(nn.MaxPool2d(2))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs * (size // 8) ** 2, outputs))
+    return Workload(model, _images(batch, size, outputs), _apply_to_x, _cross_entropy_of_y)
+
+
+class _Block(nn.Module):
+    """Two convolutions and what they are added to; the first of all blocks has none to add to."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, grouped: bool) -> None:
+        super().__init__()
+
+        def norm() -> nn.Module:
+            return nn.GroupNorm(4, outputs) if grouped else nn.BatchNorm2d(outputs)
+
+        self.outputs = outputs
+        self.first, self.norm = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), norm()
+        self.second, self.last_norm = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), norm()
+        same = stride == 1 and inputs == outputs
+        self.skip = nn.Identity() if same else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm())
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = F.relu(self.norm(self.first(input)))
+        output: Tensor = F.relu(self.last_norm(self.second(hidden)) + self.skip(input))
+        return output
+
+
+def _images(batch: int, size: int, outputs: int) -> Batch:
+    return {"x": torch.randn(batch, 3, size, size), "y": torch.randint(outputs, (batch,))}
 
 
 def _hugging_face(model: nn.Module, batch: Batch) -> Workload:
