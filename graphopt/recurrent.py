@@ -69,8 +69,8 @@ def lower_recurrent(target: Any, args: Sequence[Any], where: str) -> Any:
 def packed_error(what: str) -> UnsupportedError:
     """Why a packed sequence is refused, and what to do."""
     return UnsupportedError(
-        f"{what}, in which no axis counts samples. Pad instead: run the layer over the padded batch, and mask its output (or take "
-        "output[arange(N), lengths - 1] for the last state). Or decorate the function that packs and runs it with "
+        f"{what}, in which no axis counts samples. Pad instead: run the layer over the padded batch, and mask its output (or "
+        "take output[arange(N), lengths - 1] for the last state). Or decorate the function that packs and runs it with "
         "torch.compiler.disable: then its parameters have gradients, but no statistics"
     )
 
@@ -130,9 +130,7 @@ def _direction(
         from_projection = None
         if len(params) % 2:
             from_projection = F.linear(ops.lstm_unprojected(rows, values, *states, fixed, reverse), params[-1])
-        output, cell = ops.lstm(
-            values, cell, from_input, from_hidden, from_projection, *first, rows, fixed, reverse
-        )
+        output, cell = ops.lstm(values, cell, from_input, from_hidden, from_projection, *first, rows, fixed, reverse)
     elif mode == "gru":
         output = ops.gru(values, from_input, from_hidden, *first, rows, fixed, reverse)
     else:
@@ -159,7 +157,7 @@ def _with_one_state(mode: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
 def _lstm_cell(input: Tensor, states: Sequence[Tensor], *params: Any) -> tuple[Tensor, Tensor]:
     hidden, cell = states
-    i, f, g, o = sum(_sides(input, hidden, params)).chunk(4, 1)
+    i, f, g, o = _side(input, hidden, params).chunk(4, 1)
     cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
     return o.sigmoid() * cell.tanh(), cell
 
@@ -172,11 +170,11 @@ def _gru_cell(input: Tensor, hidden: Tensor, *params: Any) -> Tensor:
 
 
 def _rnn_tanh_cell(input: Tensor, hidden: Tensor, *params: Any) -> Tensor:
-    return sum(_sides(input, hidden, params)).tanh()
+    return _side(input, hidden, params).tanh()
 
 
 def _rnn_relu_cell(input: Tensor, hidden: Tensor, *params: Any) -> Tensor:
-    return sum(_sides(input, hidden, params)).relu()
+    return _side(input, hidden, params).relu()
 
 
 def _sides(input: Tensor, hidden: Tensor, params: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -184,6 +182,12 @@ def _sides(input: Tensor, hidden: Tensor, params: Sequence[Any]) -> tuple[Tensor
     weight_ih, weight_hh, *biases = params
     bias_ih, bias_hh = biases or (None, None)
     return F.linear(input, weight_ih, bias_ih), F.linear(hidden, weight_hh, bias_hh)
+
+
+def _side(input: Tensor, hidden: Tensor, params: Sequence[Any]) -> Tensor:
+    """The sum of the two pre-activations."""
+    from_input, from_hidden = _sides(input, hidden, params)
+    return from_input + from_hidden
 
 
 # --- tracing ------------------------------------------------------------------------------------------------------------------
@@ -221,7 +225,7 @@ def _install() -> None:
 def _run(target: Any, args: Sequence[Any]) -> Any:
     """The operator in the form above, in the dtype that autocast runs it in."""
     device = args[0].device.type
-    if target not in _LAYERS and device == "cpu" or not torch.is_autocast_enabled(device):
+    if (target not in _LAYERS and device == "cpu") or not torch.is_autocast_enabled(device):
         return LOWERED[target](*args)
     dtype = torch.get_autocast_dtype(device)
     # torch casts everything, but on a CPU the state of a GRU and the cells of an LSTM with a projection.

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from graphopt import _compat
+
 
 @torch.library.custom_op("graphopt::sequence", mutates_args=())
 def sequence(input: Tensor) -> Tensor:
@@ -79,9 +80,7 @@ def lstm_unprojected(
 
 
 @lstm_unprojected.register_fake
-def _(
-    input: Tensor, output: Tensor, hidden: Tensor, cell: Tensor, params: Sequence[Tensor], reverse: bool
-) -> Tensor:
+def _(input: Tensor, output: Tensor, hidden: Tensor, cell: Tensor, params: Sequence[Tensor], reverse: bool) -> Tensor:
     return input.new_empty((input.shape[0], *cell.shape))
 
 
@@ -312,9 +311,7 @@ def _rnn_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _rnn_gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     values, hidden, weight_hh = ctx.saved_tensors
-    gates, grad_hidden = torch.ops.graphopt.rnn_backward(
-        grad_output, values, hidden, weight_hh, ctx.relu, ctx.reverse
-    )
+    gates, grad_hidden = torch.ops.graphopt.rnn_backward(grad_output, values, hidden, weight_hh, ctx.relu, ctx.reverse)
     return None, gates, gates, grad_hidden, None, None, None
 
 
@@ -376,5 +373,3 @@ def _padded(params: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Te
 
 def _order(length: int, backwards: bool) -> range:
     return range(length - 1, -1, -1) if backwards else range(length)
-
-

@@ -8,7 +8,7 @@ from torch.library import opcheck
 
 from graphopt import _compat, recurrent_ops
 
-T, N, I, H, P = 3, 2, 3, 4, 2
+T, N, WIDTH, H, P = 3, 2, 3, 4, 2
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
@@ -18,7 +18,7 @@ def tensors(*shapes, grad=True):
 
 def parameters(mode, biases=True, projects=False):
     rows, width = GATES[mode] * H, P if projects else H
-    shapes = [(rows, I), (rows, width), *[(rows,), (rows,)] * biases, *[(P, H)] * projects]
+    shapes = [(rows, WIDTH), (rows, width), *[(rows,), (rows,)] * biases, *[(P, H)] * projects]
     return tensors(*shapes, grad=False)
 
 
@@ -28,12 +28,20 @@ def of_lstm(biases=True, projects=False, reverse=False):
     sides = tensors((T, N, 4 * H), (T, N, 4 * H))
     projected = tensors((T, N, P))[0] if projects else None
     params = parameters("lstm", biases, projects)
-    return (*values, *sides, projected, *tensors((N, width), (N, H)), *tensors((T, N, I), grad=False), params, reverse)
+    return (
+        *values,
+        *sides,
+        projected,
+        *tensors((N, width), (N, H)),
+        *tensors((T, N, WIDTH), grad=False),
+        params,
+        reverse,
+    )
 
 
 def of_gru(biases=True, reverse=False):
     sides = tensors((T, N, H), (T, N, 3 * H), (T, N, 3 * H), (N, H))
-    return (*sides, *tensors((T, N, I), grad=False), parameters("gru", biases), reverse)
+    return (*sides, *tensors((T, N, WIDTH), grad=False), parameters("gru", biases), reverse)
 
 
 def of_rnn(relu, reverse=False):
@@ -57,11 +65,11 @@ def backward_of_gru(**options):
 def values_of(mode, reverse=False, **options):
     params = parameters(mode, **options)
     states = tensors((N, params[1].shape[1]), *[(N, H)] * (mode == "lstm"), grad=False)
-    return mode, *tensors((T, N, I), grad=False), states, params, reverse
+    return mode, *tensors((T, N, WIDTH), grad=False), states, params, reverse
 
 
 SAMPLE_INPUTS = {
-    "sequence": [tuple(tensors((T, N, I)))],
+    "sequence": [tuple(tensors((T, N, WIDTH)))],
     "recurrent_values": [
         *[values_of(mode, reverse) for mode in GATES for reverse in (False, True)],
         values_of("gru", biases=False),
@@ -119,7 +127,7 @@ def test_gradients_of_pre_activations(mode, reverse, biases):
     mode = "lstm" if projects else mode
     params = parameters(mode, biases, projects)
     states = tensors((N, params[1].shape[1]), *[(N, H)] * (mode == "lstm"))
-    (input,) = tensors((T, N, I), grad=False)
+    (input,) = tensors((T, N, WIDTH), grad=False)
     sides = tensors(*[(T, N, GATES[mode] * H)] * 2)
     output, cell = _by_equations(mode, input, states, params, sides, reverse)
     values, last = torch.ops.graphopt.recurrent_values(mode, input, [s.detach() for s in states], params, reverse)

@@ -45,9 +45,7 @@ class Attention(nn.Module):
     def forward(self, query, key=None, value=None, padding=None):
         key = query if key is None else key
         value = key if value is None else value
-        output, weights = self.inner(
-            query, key, value, padding, self.need_weights, self.mask, is_causal=self.is_causal
-        )
+        output, weights = self.inner(query, key, value, padding, self.need_weights, self.mask, is_causal=self.is_causal)
         output = output if self.inner.batch_first else output.transpose(0, 1)
         return output if weights is None else torch.cat([output, weights], -1)
 

@@ -20,7 +20,7 @@ from tests.models import double, smooth
 from tests.oracle import Statistic, from_losses, loop_over_samples
 from tests.passes.truegrad.checks import assert_statistics, check, train_step
 
-N, T, I, H = 4, 5, 3, 4
+N, T, WIDTH, H = 4, 5, 3, 4
 KINDS = {
     "lstm": nn.LSTM,
     "gru": nn.GRU,
@@ -57,7 +57,7 @@ class Sequence(nn.Module):
 
     def __init__(self, kind="lstm", uses=("output", "states"), **options):
         super().__init__()
-        self.layer = KINDS[kind](I, H, **{"batch_first": True, **options})
+        self.layer = KINDS[kind](WIDTH, H, **{"batch_first": True, **options})
         self.uses = uses
 
     def forward(self, *inputs):
@@ -72,7 +72,7 @@ class Sequence(nn.Module):
 
 
 def sequence(batch_first=True):
-    return torch.randn(N, T, I) if batch_first else torch.randn(T, N, I)
+    return torch.randn(N, T, WIDTH) if batch_first else torch.randn(T, N, WIDTH)
 
 
 @pytest.mark.parametrize(("kind", "form"), CASES)
@@ -90,7 +90,7 @@ def test_only_one_of_the_results_is_used(kind, uses):
 class LearnedStart(nn.Module):
     def __init__(self, kind):
         super().__init__()
-        self.layer = KINDS[kind](I, H, 2, batch_first=True)
+        self.layer = KINDS[kind](WIDTH, H, 2, batch_first=True)
         self.start = nn.Parameter(torch.randn(2, 1, H))
 
     def forward(self, input):
@@ -102,7 +102,7 @@ class LearnedStart(nn.Module):
 class GivenStart(nn.Module):
     def __init__(self, kind):
         super().__init__()
-        self.layer = KINDS[kind](I, H, 2, bidirectional=True)
+        self.layer = KINDS[kind](WIDTH, H, 2, bidirectional=True)
         self.inner = nn.Linear(H, H)
 
     def forward(self, input, start):
@@ -151,7 +151,7 @@ def test_with_each_parameter_frozen_in_turn(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_of_any_size_without_recompiling(kind):
-    model, inputs = double(Sequence(kind, num_layers=2, bidirectional=True), (torch.randn(6, T, I),))
+    model, inputs = double(Sequence(kind, num_layers=2, bidirectional=True), (torch.randn(6, T, WIDTH),))
     plain = copy.deepcopy(model)
     graphopt.transform(model, compiler="aot_eager")
     train_step(model, inputs)
@@ -171,7 +171,7 @@ def test_graph_does_not_grow_with_the_sequence(kind):
         torch._dynamo.reset()
         model = Sequence(kind).double()
         graphopt.transform(model, compiler="aot_eager")
-        model(torch.randn(N, length, I, dtype=torch.float64)).sum().backward()
+        model(torch.randn(N, length, WIDTH, dtype=torch.float64)).sum().backward()
         (record,) = graphopt.records(model)
         sizes.append((len(record.before.graph.nodes), len(record.after.graph.nodes)))
     assert sizes[0] == sizes[1]
@@ -194,9 +194,9 @@ def _traced_operators(kind, length):
             return function(*args, **(kwargs or {}))
 
     with FakeTensorMode(), enable_python_dispatcher(), Count():
-        layer = KINDS[kind](I, H, batch_first=True, dtype=torch.float64)
+        layer = KINDS[kind](WIDTH, H, batch_first=True, dtype=torch.float64)
         calls.clear()
-        layer(torch.randn(N, length, I, dtype=torch.float64))
+        layer(torch.randn(N, length, WIDTH, dtype=torch.float64))
     return len(calls)
 
 
@@ -240,7 +240,7 @@ class Cell(nn.Module):
 
     def __init__(self, kind, steps, bias=True):
         super().__init__()
-        self.cell = CELLS[kind](I, H, bias=bias)
+        self.cell = CELLS[kind](WIDTH, H, bias=bias)
         self.steps = steps
 
     def forward(self, input):
@@ -266,7 +266,7 @@ class Shared(nn.Module):
 
     def __init__(self, kind):
         super().__init__()
-        self.layer = KINDS[kind](I, H, batch_first=True)
+        self.layer = KINDS[kind](WIDTH, H, batch_first=True)
 
     def forward(self, first, second):
         return self.layer(first)[0].mean(1) * self.layer(second)[0].mean(1)
@@ -277,7 +277,7 @@ class Interleaved(nn.Module):
 
     def __init__(self, kind):
         super().__init__()
-        self.layer = KINDS[kind](I, H, batch_first=True)
+        self.layer = KINDS[kind](WIDTH, H, batch_first=True)
 
     def forward(self, input):
         output, _ = self.layer(input.flatten(0, 1))
@@ -303,7 +303,7 @@ def test_shared_layer(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_sequences_of_a_sample(kind):
-    check(Interleaved(kind), (torch.randn(N, 2, T, I),))
+    check(Interleaved(kind), (torch.randn(N, 2, T, WIDTH),))
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
@@ -316,12 +316,14 @@ class Computed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.down, self.up = nn.Parameter(torch.randn(2, I)), nn.Parameter(torch.randn(H, 2))
+        self.down, self.up = nn.Parameter(torch.randn(2, WIDTH)), nn.Parameter(torch.randn(H, 2))
         self.core = nn.Parameter(torch.randn(H, H))
 
     def forward(self, input):
         weights = [self.up @ self.down, self.core + self.core.t()]
-        return torch.rnn_tanh(input, input.new_zeros(1, input.shape[0], H), weights, False, 1, 0.0, True, False, True)[0]
+        return torch.rnn_tanh(input, input.new_zeros(1, input.shape[0], H), weights, False, 1, 0.0, True, False, True)[
+            0
+        ]
 
 
 def test_computed_weights():
@@ -369,8 +371,7 @@ def _per_position(kind, layer, input):
         rows = torch.stack(outputs, 1)
     grads = torch.autograd.grad(smooth(rows.flatten(1)), list(copies.values()))
     return {
-        name: Statistic(grad.sum((0, 1)), grad.square().sum((0, 1)))
-        for name, grad in zip(copies, grads, strict=True)
+        name: Statistic(grad.sum((0, 1)), grad.square().sum((0, 1))) for name, grad in zip(copies, grads, strict=True)
     }
 
 
@@ -400,7 +401,7 @@ def test_axis_by_argument():
 class Packed(nn.Module):
     def __init__(self, kind):
         super().__init__()
-        self.layer = KINDS[kind](I, H, batch_first=True)
+        self.layer = KINDS[kind](WIDTH, H, batch_first=True)
 
     def forward(self, input, lengths):
         packed = pack_padded_sequence(input, lengths, batch_first=True, enforce_sorted=False)
@@ -424,7 +425,7 @@ def test_packed_inside_the_model_has_no_statistics():
 
 
 def test_packed_input_is_refused():
-    model = graphopt.transform(nn.LSTM(I, H, batch_first=True), compiler="aot_eager")
+    model = graphopt.transform(nn.LSTM(WIDTH, H, batch_first=True), compiler="aot_eager")
     packed = pack_padded_sequence(sequence(), torch.tensor([5, 4, 3, 2]), batch_first=True)
     with pytest.raises(UnsupportedError, match=r"packed sequence.*Pad instead"):
         model(packed)
@@ -433,9 +434,9 @@ def test_packed_input_is_refused():
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_layer_is_refused(kind):
     target = getattr(torch, kind)
-    params = list(KINDS[kind](I, H).parameters())
+    params = list(KINDS[kind](WIDTH, H).parameters())
     with pytest.raises(UnsupportedError, match=rf"{kind} .*packed sequence at model.py:3.*Pad instead"):
-        lower_recurrent(target, (torch.randn(7, I), torch.tensor([4, 3]), None, params), " at model.py:3")
+        lower_recurrent(target, (torch.randn(7, WIDTH), torch.tensor([4, 3]), None, params), " at model.py:3")
 
 
 # --- dtypes ---------------------------------------------------------------------------------------------------------------------------
