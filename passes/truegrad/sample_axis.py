@@ -129,6 +129,13 @@ def argument_of(node: Node, position: int, name: str, default: Any = None) -> An
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
+def functional_name(node: Node) -> str:
+    """The name of an operator, that of one which writes in place without its underscore."""
+    packet = cast(Any, node.target)
+    name = str(packet.overloadpacket.__name__)
+    return name.removesuffix("_") if packet._schema.is_mutable else name
+
+
 def is_pointwise(target: Any) -> bool:
     """Whether an operator works element by element, with broadcasting; in-place forms included."""
     if not isinstance(target, torch._ops.OpOverload):

@@ -32,6 +32,10 @@ from graphopt.passes.truegrad.single_sample import rewrite_single_sample
 from graphopt.passes.truegrad.uses import find_uses
 from graphopt.pipeline import Coverage, Pass, PassResult, Status
 
+COMPLEX = (
+    "it is complex, and the square of a complex gradient is not what optimizers mean. Keep real and imaginary parts on a last "
+    "axis of 2, as one real parameter p, and use torch.view_as_complex(p) in the model"
+)
 Where = str | Sequence[str] | Callable[[str, Tensor], bool] | None
 
 
@@ -186,7 +190,7 @@ class TrueGrad(Pass):
 
     def _tracked(self, graph: CapturedGraph) -> tuple[list[Node], list[Coverage]]:
         """Trainable parameters that were asked for, and rows for those that were not."""
-        tracked, rows = [], []
+        tracked, rows, problems = [], [], {}
         served = {described.companion_of for described in graph.inputs}
         entries = zip(graph.placeholders, graph.inputs, graph.fake_inputs, strict=True)
         for position, (node, described, fake) in enumerate(entries):
@@ -195,9 +199,15 @@ class TrueGrad(Pass):
             if described.kind is not InputKind.PARAMETER or not described.requires_grad:
                 continue
             if self._selects(described.name, fake):
-                tracked.append(node)
+                if fake.is_complex():
+                    problems[described.name] = COMPLEX
+                    rows.append(Coverage(described.name, tuple(fake.shape), Status.SKIPPED, COMPLEX))
+                else:
+                    tracked.append(node)
             else:
                 rows.append(Coverage(described.name, tuple(fake.shape), Status.SKIPPED, "not selected by where"))
+        if problems and self.unsupported == "error":
+            raise UnsupportedError(_explain(problems))
         return tracked, rows
 
     def _selects(self, name: str, value: Tensor) -> bool:

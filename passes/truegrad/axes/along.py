@@ -7,13 +7,22 @@ fewer by those that it named.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor
 from torch.fx import Node
 
 from graphopt.passes.truegrad.axes.elementwise import broadcast
-from graphopt.passes.truegrad.sample_axis import Known, Layout, Lost, SampleAxis, argument_of, axis_rule, value_of
+from graphopt.passes.truegrad.sample_axis import (
+    Known,
+    Layout,
+    Lost,
+    SampleAxis,
+    argument_of,
+    axis_rule,
+    functional_name,
+    value_of,
+)
 
 _LAST = (-1,)
 _LAST_TWO = (-2, -1)
@@ -58,7 +67,7 @@ _AXES: dict[str, tuple[str, int, Sequence[int] | None]] = {
 @axis_rule(*_AXES)
 def along(node: Node, value: Tensor, known: Known) -> Layout:
     """The axis stays, unless the operator works along it."""
-    name = cast(Any, node.target).overloadpacket.__name__
+    name = functional_name(node)
     keyword, position, default = _AXES[name]
     given = argument_of(node, position, keyword)
     axes = (

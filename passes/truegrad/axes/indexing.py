@@ -22,6 +22,7 @@ from graphopt.passes.truegrad.sample_axis import (
     argument_of,
     axis_rule,
     axis_rules,
+    functional_name,
     shape_of,
     size_of,
     value_of,
@@ -68,7 +69,7 @@ def index_select(node: Node, value: Tensor, known: Known) -> Layout:
 @axis_rule("gather", "take_along_dim", "take")
 def gather(node: Node, value: Tensor, known: Known) -> Layout:
     """Each row picks from its own, or from a table without samples."""
-    op = cast(Any, node.target).overloadpacket.__name__
+    op = functional_name(node)
     indices_at, dim_at = (2, 1) if op == "gather" else (1, 2)
     layout, indices = known.layout(node.args[0]), known.layout(node.args[indices_at])
     if not isinstance(indices, SampleAxis):

@@ -21,6 +21,7 @@ from graphopt.passes.truegrad.sample_axis import (
     Size,
     argument_of,
     axis_rule,
+    functional_name,
     shape_of,
     size_of,
     value_of,
@@ -49,7 +50,7 @@ def split(node: Node, value: Tensor, known: Known) -> Layout:
 @axis_rule("hsplit", "vsplit", "dsplit")
 def split_along(node: Node, value: Tensor, known: Known) -> Layout:
     """The axis is in the name."""
-    dim = {"hsplit": 1, "vsplit": 0, "dsplit": 2}[_name(node)]
+    dim = {"hsplit": 1, "vsplit": 0, "dsplit": 2}[functional_name(node)]
     return _along(node, known, dim if value.ndim > 1 else 0)
 
 
@@ -59,7 +60,7 @@ def split_along(node: Node, value: Tensor, known: Known) -> Layout:
 )  # fmt: skip
 def scatter(node: Node, value: Tensor, known: Known) -> Layout:
     """Write along an axis that is not the samples', or add rows up that belong to the row which they are added to."""
-    name = _name(node)
+    name = functional_name(node)
     dim = cast(int, argument_of(node, 2 if name in ("select_scatter", "slice_scatter") else 1, "dim", 0)) % value.ndim
     layout = known.layout(node.args[0])
     if not isinstance(layout, SampleAxis):
@@ -93,7 +94,10 @@ def cut(node: Node, value: Tensor, known: Known) -> Layout:
     kept = _along(node, known, argument_of(node, 1, "dim", 0))
     if isinstance(kept, SampleAxis) or not isinstance(layout, SampleAxis):
         return kept
-    start, step = argument_of(node, 2, "start", 0), argument_of(node, 4, "step", 1) if _name(node) == "slice" else 1
+    start, step = (
+        argument_of(node, 2, "start", 0),
+        argument_of(node, 4, "step", 1) if functional_name(node) == "slice" else 1,
+    )
     first = _number(start if start is not None else 0)
     if step != 1 or first is None or (first != 0 and _sets(layout, first) is None):
         return kept
@@ -127,7 +131,7 @@ def cat(node: Node, value: Tensor, known: Known) -> Layout:
 @axis_rule("hstack", "vstack", "dstack", "column_stack")
 def join_along(node: Node, value: Tensor, known: Known) -> Layout:
     """The axis is in the name."""
-    name = _name(node)
+    name = functional_name(node)
     least = {"hstack": 2, "vstack": 2, "dstack": 3, "column_stack": 2}[name]
     if any(value_of(part).ndim < least for part in cast(Sequence[Any], node.args[0])):
         return Lost(node, f"{name} of tensors with fewer than {least} axes")
@@ -215,11 +219,6 @@ def _number(value: Any) -> Size | None:
     if isinstance(value, Node):
         value = value.meta.get("val")
     return size_of(value) if isinstance(value, int | torch.SymInt) else None
-
-
-def _name(node: Node) -> str:
-    name = str(cast(Any, node.target).overloadpacket.__name__)
-    return name if name.startswith("_") else name.rstrip("_")
 
 
 def _along(node: Node, known: Known, dim: Any) -> Layout:

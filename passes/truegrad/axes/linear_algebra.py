@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from graphopt.passes.truegrad.sample_axis import Known, Layout, Lost, SampleAxis, argument_of, axis_rule, value_of
+from graphopt.passes.truegrad.sample_axis import (
+    Known,
+    Layout,
+    Lost,
+    SampleAxis,
+    argument_of,
+    axis_rule,
+    functional_name,
+    value_of,
+)
 
 _BATCHED = (
     "inverse linalg_inv linalg_inv_ex linalg_pinv pinverse cholesky linalg_cholesky linalg_cholesky_ex cholesky_inverse "
@@ -22,7 +31,7 @@ _BATCHED = (
 @axis_rule(*_BATCHED)
 def matrices(node: Node, value: Tensor, known: Known) -> Layout:
     """The axes in front of the matrices stay."""
-    name = cast(Any, node.target).overloadpacket.__name__
+    name = functional_name(node)
     inputs = [argument for argument in node.all_input_nodes if isinstance(argument.meta.get("val"), Tensor)]
     batches = {argument: value_of(argument).ndim - 2 for argument in inputs}
     if name.startswith("linalg_solve") and len(inputs) == 2 and _is_vector(*inputs):

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor
 from torch.fx import Node
 
-from graphopt.passes.truegrad.sample_axis import Known, Layout, Lost, SampleAxis, axis_rule, value_of
+from graphopt.passes.truegrad.sample_axis import (
+    Known,
+    Layout,
+    Lost,
+    SampleAxis,
+    axis_rule,
+    functional_name,
+    value_of,
+)
 
 
 @axis_rule(*"sum mean amax amin max min argmax argmin any all var std var_mean std_mean norm logsumexp prod "
@@ -27,7 +35,7 @@ def reduction(node: Node, value: Tensor, known: Known) -> Layout:
     if not isinstance(layout, SampleAxis):
         return Lost(node, "samples enter only a part")
     before = value_of(node.args[0]).ndim
-    op = cast(Any, node.target).overloadpacket.__name__
+    op = functional_name(node)
     axes = named_axes(node, 2 if op in ("linalg_vector_norm", "norm") else 1, before)
     if axes is None or layout.axis in axes:
         return Lost(node, "a reduction over the samples")

@@ -15,6 +15,7 @@ from graphopt.passes.truegrad.sample_axis import (
     Lost,
     SampleAxis,
     axis_rule,
+    functional_name,
     shape_of,
     value_of,
 )
@@ -50,7 +51,7 @@ _LOSSES = (
 @axis_rule(*_ALONG, *_ALIKE)
 def row_wise(node: Node, value: Tensor, known: Known) -> Layout:
     """The axis stays, unless the operator works along it."""
-    op = _name(node)
+    op = functional_name(node)
     first: Any = node.args[0]
     layout = known.layout(first)
     if not isinstance(layout, SampleAxis):
@@ -73,7 +74,7 @@ def padding(node: Node, value: Tensor, known: Known) -> Layout:
     amounts = cast(Sequence[Any], node.args[1])
     padded = [pair for pair in range(len(amounts) // 2) if amounts[2 * pair] != 0 or amounts[2 * pair + 1] != 0]
     mixes = layout.axis in [value.ndim - 1 - pair for pair in padded]
-    return layout if not mixes else Lost(node, f"{_name(node)} works across samples")
+    return layout if not mixes else Lost(node, f"{functional_name(node)} works across samples")
 
 
 @axis_rule(*_ON_FIRST_AXIS)
@@ -82,7 +83,7 @@ def on_first_axis(node: Node, value: Tensor, known: Known) -> Layout:
     first: Any = node.args[0]
     layout = known.layout(first)
     same = isinstance(layout, SampleAxis) and layout.axis == 0 and value.ndim == value_of(first).ndim
-    return layout if same else Lost(node, f"{_name(node)} with samples that are not on the first axis")
+    return layout if same else Lost(node, f"{functional_name(node)} with samples that are not on the first axis")
 
 
 @axis_rule("im2col", "col2im", "affine_grid_generator")
@@ -90,7 +91,7 @@ def places_on_first_axis(node: Node, value: Tensor, known: Known) -> Layout:
     """The same, with one axis for all places."""
     layout = known.layout(node.args[0])
     same = isinstance(layout, SampleAxis) and layout.axis == 0 and value_of(node.args[0]).ndim >= 3 <= value.ndim
-    return layout if same else Lost(node, f"{_name(node)} with samples that are not on the first axis")
+    return layout if same else Lost(node, f"{functional_name(node)} with samples that are not on the first axis")
 
 
 @axis_rule(*_LOSSES)
@@ -110,7 +111,3 @@ def _beside(node: Node, value: Tensor, known: Known) -> Layout:
         if isinstance(layout := known.layout(argument), SampleAxis)
     }
     return found.pop() if len(found) == 1 else Lost(node, "samples meet on different axes")
-
-
-def _name(node: Node) -> str:
-    return str(cast(Any, node.target).overloadpacket.__name__)

@@ -18,6 +18,7 @@ from graphopt.passes.truegrad.sample_axis import (
     Size,
     argument_of,
     axis_rule,
+    functional_name,
     shape_of,
     value_of,
 )
@@ -113,7 +114,7 @@ def _quotient(a: Size, b: Size) -> Size | None:
 
 def _permuted(node: Node, ndim: int) -> list[int]:
     """For each output axis, the input axis that it shows."""
-    op = cast(Any, node.target).overloadpacket.__name__
+    op = functional_name(node)
     order = list(range(ndim))
     if op == "permute":
         return [cast(int, axis) % ndim for axis in cast(Sequence[Any], node.args[1])]
