@@ -160,14 +160,20 @@ def one_symbolic_axis(num_axes: int, axis: int | None) -> Any:
     return StatelessSymbolicContext(dynamic_sizes=sizes)
 
 
-def custom_op_parts(op: torch._ops.OpOverload) -> tuple[Callable[..., Any], Callable[..., None], Callable[..., Any]] | None:
+def custom_op_parts(
+    op: torch._ops.OpOverload,
+) -> tuple[Callable[..., Any], Callable[..., None], Callable[..., Any]] | None:
     """Forward, set-up of the context and backward of an operator made by ``torch.library.custom_op``, if it has a backward."""
     from torch._library.custom_ops import OPDEFS
 
     definition = OPDEFS.get(op._schema.name)
     if definition is None or definition._backward_fn is None:
         return None
-    return definition._init_fn, definition._setup_context_fn or (lambda ctx, inputs, output: None), definition._backward_fn
+    return (
+        definition._init_fn,
+        definition._setup_context_fn or (lambda ctx, inputs, output: None),
+        definition._backward_fn,
+    )
 
 
 def is_transformed(tensor: torch.Tensor) -> bool:
@@ -190,9 +196,7 @@ def wrap_composition(
 _detect_is_causal_mask = torch.nn.modules.transformer._detect_is_causal_mask
 
 
-def _is_declared_causal(
-    mask: torch.Tensor | None, is_causal: bool | None = None, size: int | None = None
-) -> bool:
+def _is_declared_causal(mask: torch.Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
     return is_causal is True
 
 

@@ -21,6 +21,7 @@ Read in torch 2.13, and to be checked in others: ``DistributedDataParallel._acti
 from __future__ import annotations
 
 import sys
+import types
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -110,6 +111,7 @@ class Replicas:
         self._params = [weakref.ref(param) for param in ddp._module_parameters if param.requires_grad]
         self._group = ddp.process_group
         self._expects = False  # a forward has told DDP to average in the next backward pass that reaches it
+        self._has_averaged = False
         self._tasks: set[int] = set()  # backward passes in which it does
         self._touched: set[int] = (
             set()
@@ -139,18 +141,23 @@ class Replicas:
         """Autograd has added to ``param.grad``."""
         self._touched.add(id(param))
         task = _compat.current_graph_task()
-        if self._expects and task >= 0 and task not in self._tasks:
+        if self._expects and task >= 0 and task not in self._tasks and not self._is_too_early():
             self._tasks.add(task)
-            self._follow_gradients(task)
+            self._follow_gradients()
             # DDP queues its own callback later in the pass. By the time the first callback runs, all of them are queued.
             _compat.call_after_backward(lambda: _compat.call_after_backward(lambda: self._finish(task)))
 
-    def _follow_gradients(self, task: int) -> None:
+    def _is_too_early(self) -> bool:
+        """With ``static_graph``, DDP averages at the end of the first outermost pass, and cannot be asked whether it has."""
+        ddp = self._ddp()
+        return ddp is not None and ddp.static_graph and not self._has_averaged and _is_inside_checkpoint()
+
+    def _follow_gradients(self) -> None:
         """DDP is about to write the gradients of parameters that this rank does not use, too: first look what became of them."""
         ddp = self._ddp()
         if ddp is not None and (ddp.find_unused_parameters or ddp.static_graph):
             for param in self._present():
-                cast(ReplicatedStatistic, Statistic.of(param)).follow_gradient(task)
+                cast(ReplicatedStatistic, Statistic.of(param)).follow_gradient()
 
     def _present(self) -> list[Tensor]:
         return [param for reference in self._params if (param := reference()) is not None]
@@ -160,7 +167,7 @@ class Replicas:
         ddp = self._ddp()
         if ddp is None or not self._expects or not _is_finished(ddp):
             return  # an inner pass of a reentrant checkpoint: DDP finishes with the outer one
-        self._expects = False
+        self._expects, self._has_averaged = False, True
         params = self._present()
         statistics = [cast(ReplicatedStatistic, Statistic.of(param)) for param in params]
         touched, self._touched = self._touched, set()
@@ -182,6 +189,8 @@ class ReplicatedStatistic(Statistic):
 
     def leave(self, task: int) -> None:
         """Publish, or leave that to the end of DDP's average."""
+        if self._task == -1:  # DDP has finished within an inner pass, and this statistic was part of its average
+            return
         param = self._param()
         if not self._count(param):
             if not self._waits:
@@ -204,14 +213,16 @@ class ReplicatedStatistic(Statistic):
             )
         return super().companion_of(key, num_samples)
 
-    def follow_gradient(self, task: int) -> None:
-        """Bring what was published up to date, unless this backward pass has done so already."""
+    def follow_gradient(self) -> None:
+        """Bring what was published up to date, unless a running backward pass has done so already."""
         param = self._param()
-        if param is not None and task != self._task:
+        if param is not None and self._task == -1:
             self._begin(param)
 
     def gathered(self) -> _Gathered:
         """What this rank has to add to the average."""
+        if self._task != -1:
+            self._count(self._param())
         self._set_aside()
         return _Gathered(
             self.companion.grad,
@@ -416,6 +427,16 @@ def _is_finished(ddp: Any) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _is_inside_checkpoint() -> bool:
+    """Whether this is a backward pass of a reentrant checkpoint, within the pass of the model."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _compat.reentrant_checkpoint_code():
+            return True
+        frame = cast(types.FrameType, frame.f_back)
+    return False
 
 
 def _averages(hook: Any) -> bool:

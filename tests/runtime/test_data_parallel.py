@@ -203,13 +203,17 @@ def total(output):
     return (output * torch.tensor([1.0, 2.0])).sin().sum()
 
 
-def expected_small(model, parts):
-    plain = graphopt.restore(copy.deepcopy(model))
+def expected_small(plain, parts):
     return from_losses(plain, (weight * total(plain(row[None], *args)) for x, weight, *args in parts for row in x))
 
 
-def assert_small(model, parts, num_samples=None, **tolerance):
-    reference = expected_small(model, parts)
+def assert_small(model, parts, **tolerance):
+    assert_small_of(model, graphopt.restore(copy.deepcopy(model)), parts, **tolerance)
+
+
+def assert_small_of(model, plain, parts, **tolerance):
+    reference = expected_small(plain, parts)
+    assert reference
     for name, param in model.named_parameters():
         if name not in reference:
             assert find(param, SUM_GRAD_SQUARED) is None, name
@@ -223,7 +227,7 @@ def assert_small(model, parts, num_samples=None, **tolerance):
                 value.to(wanted.dtype), wanted, msg=lambda text, n=name: f"{n}: {text}", **(tolerance or EXACT)
             )
         used = sum(len(x) for x, _, *args in parts if not name.startswith("extra") or args == [True])
-        assert find(param, NUM_SAMPLES) == (used if num_samples is None else num_samples), name
+        assert find(param, NUM_SAMPLES) == used, name
 
 
 def used_by_all(model):
@@ -410,7 +414,7 @@ def uncaptured_on_one_rank(rank):
         loss.backward()
     finally:
         torch.compiler.set_stance("default")
-    with pytest.raises(StaleAnnotation, match="1 of 2 ranks computed the gradient .* outside any captured graph"):
+    with pytest.raises(StaleAnnotation, match=r"1 of 2 ranks computed the gradient .* outside any captured graph"):
         find(model.first.weight, SUM_GRAD_SQUARED)
 
 
@@ -437,7 +441,8 @@ def compressed(rank, name):
     ddp.register_comm_hook(None, getattr(default_hooks, name))
     parts = [rows(2 + r, seed=r, dtype=torch.float32) for r in range(WORLD)]
     total(ddp(parts[rank])).backward()
-    reference = expected_small(model, [(x, 1 / WORLD) for x in parts])
+    plain = graphopt.restore(copy.deepcopy(model))
+    reference = expected_small(plain, [(x, 1 / WORLD) for x in parts])
     for key, param in model.named_parameters():
         if key in reference:
             torch.testing.assert_close(param.grad, reference[key].grad, rtol=2e-2, atol=1e-2)
@@ -457,6 +462,21 @@ def _sums(state, bucket):
     return work.get_future().then(lambda future: future.value()[0])
 
 
+class Wide(nn.Module):
+    """Larger than DDP's first bucket, 1 MiB."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 600)
+        self.others = nn.ModuleList(nn.Linear(600, 600) for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.others:
+            x = layer(x).tanh()
+        return x
+
+
 def refused(rank, what):
     from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 
@@ -474,7 +494,7 @@ def refused(rank, what):
         with ddp.join(), pytest.raises(UnsupportedError, match=r"join\(\) context.*same number of batches"):
             ddp(rows(2, seed=rank))
     elif what == "split":
-        wide = nn.Sequential(nn.Linear(3, 600), *(nn.Linear(600, 600) for _ in range(4)))
+        wide = Wide()
         compiled = torch.compile(DistributedDataParallel(wide, bucket_cap_mb=1.2), backend="graphopt")
         with pytest.raises(Exception, match=r"Set torch\._dynamo\.config\.optimize_ddp = False"):
             compiled(rows(2, seed=rank, dtype=torch.float32))
@@ -523,3 +543,81 @@ def wrapped_anew(rank):
 
 def test_wrapped_anew(ranks):
     ranks(wrapped_anew)
+
+
+# --- activation checkpointing ----------------------------------------------------------------------------------------------
+
+
+class Checkpointed(Small):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        x = checkpoint(lambda x: self.first(x).tanh(), x, use_reentrant=self.reentrant)
+        return checkpoint(self.second, x, use_reentrant=self.reentrant)
+
+
+def checkpointed(rank, reentrant, static_graph):
+    plain, model = small(), Checkpointed(reentrant).double()
+    model.load_state_dict(plain.state_dict())
+    ddp = inside(used_by_all(model), static_graph=static_graph)
+    for seed in range(2):
+        parts = [rows(2 + r, seed=10 * seed + r) for r in range(WORLD)]
+        total(ddp(parts[rank].requires_grad_())).backward()
+        assert_small_of(model, used_by_all(plain), [(x.detach(), 1 / WORLD) for x in parts])
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("static_graph", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed(ranks, reentrant, static_graph):
+    ranks(checkpointed, reentrant, static_graph)
+
+
+class EagerAround(nn.Module):
+    """A transformed module inside a reentrant checkpoint that runs as it is written: a backward pass within a backward pass."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.head = transformed(Head().double())
+        self.checkpoints = True
+
+    def forward(self, x):
+        return self.head(checkpoint(self.inner, x, use_reentrant=True) if self.checkpoints else self.inner(x))
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.linear(x.tanh())
+
+
+def nested_pass(rank, static_graph):
+    torch.manual_seed(2)
+    model = EagerAround(used_by_all(transformed(small())))
+    plain = graphopt.restore(copy.deepcopy(model))
+    graphopt.restore(plain.inner)
+    graphopt.restore(plain.head)
+    plain.checkpoints = False
+    ddp = DistributedDataParallel(model, static_graph=static_graph)
+    for seed in range(3):
+        parts = [rows(2 + r, seed=10 * seed + r) for r in range(WORLD)]
+        if seed == 1:
+            with ddp.no_sync():
+                total(ddp(parts[rank].requires_grad_())).backward()
+            assert_small_of(model, plain, [(parts[rank].detach(), 1.0)])
+            first = [(x.detach(), 1 / WORLD) for x in parts]
+            continue
+        total(ddp(parts[rank].requires_grad_())).backward()
+        assert_small_of(model, plain, [(x.detach(), 1 / WORLD) for x in parts] + (first if seed == 2 else []))
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("static_graph", [False, True])
+def test_backward_within_backward(ranks, static_graph):
+    ranks(nested_pass, static_graph)
