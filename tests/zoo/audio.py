@@ -37,8 +37,17 @@ def audio_spectrogram_transformer() -> nn.Module:
 
     return ASTForAudioClassification(
         ASTConfig(
-            hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, patch_size=4,
-            frequency_stride=4, time_stride=4, max_length=12, num_mel_bins=8, num_labels=4,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        )  # fmt: skip
+            hidden_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=12,
+            patch_size=4,
+            frequency_stride=4,
+            time_stride=4,
+            max_length=12,
+            num_mel_bins=8,
+            num_labels=4,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
     )

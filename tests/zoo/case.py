@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Case:
         batch: number of samples to the keyword arguments of ``forward``.
         outputs: what the model returns, to the tensors of which the loss is made.
         fallback: name patterns of the parameters that are exact with memory for one gradient per sample.
-        refused: name patterns of the parameters that cannot be served, to a word that the error must have for them.
+        refused: name patterns of the parameters that cannot be served, to words that the reason must have.
         unused: name patterns of the parameters that the loss does not depend on.
         graphs: number of captured graphs.
         sample_axis: the option of that name; also where the oracle cuts the batch.
@@ -34,6 +35,7 @@ class Case:
         mixes: samples meet inside the model, so that the oracle is a copy of each parameter for each sample.
         dtype: float64 wherever the model can.
         dropout: the model draws random numbers: the oracle differentiates each sample's output in the model itself.
+        slow: takes more than about ten seconds.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Case:
     mixes: bool = False
     dtype: torch.dtype = torch.float64
     dropout: bool = False
+    slow: bool = False
 
     def make(self, num: int = NUM_SAMPLES) -> tuple[nn.Module, dict[str, Any]]:
         """Model and batch, the same at every call."""
@@ -68,6 +71,21 @@ class Case:
     def loss(self, output: Any) -> Tensor:
         """Scalar: the sum over samples."""
         return self.losses(output).sum()
+
+    def expected(self, names: Iterable[str]) -> dict[str, str]:
+        """The status that each of these parameters must have.
+
+        Raises:
+            ValueError: a pattern that fits none of them, or a parameter that fits patterns of two statuses.
+        """
+        wanted = dict.fromkeys(names, "exact")
+        for status in ("fallback", "refused", "unused"):
+            for pattern in getattr(self, status):
+                matching = [name for name in wanted if fnmatchcase(name, pattern)]
+                if not matching or any(wanted[name] not in ("exact", status) for name in matching):
+                    raise ValueError(f"{self.name}: {pattern!r} of {status!r} fits {matching or 'nothing'}")
+                wanted.update(dict.fromkeys(matching, status))
+        return wanted
 
     def _cast(self, value: Any) -> Any:
         return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

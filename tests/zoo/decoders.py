@@ -18,9 +18,18 @@ def gpt2() -> nn.Module:
 
     return GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=VOCABULARY, n_positions=16, n_embd=8, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
-        )  # fmt: skip
+            vocab_size=VOCABULARY,
+            n_positions=16,
+            n_embd=8,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=1,
+            eos_token_id=1,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            use_cache=False,
+        )
     )
 
 
@@ -37,9 +46,19 @@ def gptj() -> nn.Module:
 
     return GPTJForCausalLM(
         GPTJConfig(
-            vocab_size=VOCABULARY, n_positions=16, n_embd=8, n_layer=2, n_head=2, rotary_dim=4, bos_token_id=1,
-            eos_token_id=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
-        )  # fmt: skip
+            vocab_size=VOCABULARY,
+            n_positions=16,
+            n_embd=8,
+            n_layer=2,
+            n_head=2,
+            rotary_dim=4,
+            bos_token_id=1,
+            eos_token_id=1,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            use_cache=False,
+        )
     )
 
 
@@ -78,7 +97,7 @@ def gemma() -> nn.Module:
     return GemmaForCausalLM(GemmaConfig(**GROUPED, head_dim=4))
 
 
-@case(FAMILY, tokens(mask=True))
+@case(FAMILY, tokens())
 def gemma2() -> nn.Module:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -100,7 +119,9 @@ def bloom() -> nn.Module:
     from transformers import BloomConfig, BloomForCausalLM
 
     return BloomForCausalLM(
-        BloomConfig(vocab_size=VOCABULARY, hidden_size=8, n_layer=2, n_head=2, hidden_dropout=0.0, attention_dropout=0.0)
+        BloomConfig(
+            vocab_size=VOCABULARY, hidden_size=8, n_layer=2, n_head=2, hidden_dropout=0.0, attention_dropout=0.0
+        )
     )
 
 

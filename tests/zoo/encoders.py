@@ -53,9 +53,16 @@ def distilbert() -> nn.Module:
 
     return DistilBertForTokenClassification(
         DistilBertConfig(
-            vocab_size=VOCABULARY, dim=8, n_layers=2, n_heads=2, hidden_dim=12, max_position_embeddings=16,
-            dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0,
-        )  # fmt: skip
+            vocab_size=VOCABULARY,
+            dim=8,
+            n_layers=2,
+            n_heads=2,
+            hidden_dim=12,
+            max_position_embeddings=16,
+            dropout=0.0,
+            attention_dropout=0.0,
+            seq_classif_dropout=0.0,
+        )
     )
 
 
@@ -66,9 +73,16 @@ def deberta_v2() -> nn.Module:
 
     return DebertaV2ForTokenClassification(
         DebertaV2Config(
-            **TINY, relative_attention=True, position_buckets=4, pos_att_type=["p2c", "c2p"], share_att_key=True,
-            norm_rel_ebd="layer_norm", type_vocab_size=0, position_biased_input=False, pooler_dropout=0.0,
-        )  # fmt: skip
+            **TINY,
+            relative_attention=True,
+            position_buckets=4,
+            pos_att_type=["p2c", "c2p"],
+            share_att_key=True,
+            norm_rel_ebd="layer_norm",
+            type_vocab_size=0,
+            position_biased_input=False,
+            pooler_dropout=0.0,
+        )
     )
 
 
@@ -78,10 +92,22 @@ def modernbert() -> nn.Module:
 
     return ModernBertForMaskedLM(
         ModernBertConfig(
-            vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12,
-            max_position_embeddings=16, pad_token_id=0, bos_token_id=1, eos_token_id=1, cls_token_id=1, sep_token_id=1,
-            local_attention=4, global_attn_every_n_layers=2, reference_compile=False, attn_implementation="sdpa",
-        )  # fmt: skip
+            vocab_size=VOCABULARY,
+            hidden_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=12,
+            max_position_embeddings=16,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=1,
+            cls_token_id=1,
+            sep_token_id=1,
+            local_attention=4,
+            global_attn_every_n_layers=2,
+            reference_compile=False,
+            attn_implementation="sdpa",
+        )
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,14 +30,18 @@ class Outcome:
         error: the largest relative error of a statistic, over parameters that are exact or fallback.
         worst: the parameter with that error.
         graphs: number of captured graphs.
-        refusal: the text of the error, where a parameter is refused.
+        reasons: by name, why a parameter is refused.
+        refusal: the text of the error, where there is one.
+        model: the transformed model; not there if it could not be run at all.
     """
 
     statuses: dict[str, str]
     error: float
     worst: str
     graphs: int
+    reasons: dict[str, str]
     refusal: str = ""
+    model: nn.Module | None = field(default=None, repr=False)
 
     def names(self, status: str) -> set[str]:
         """Parameters with this status."""
@@ -49,54 +53,59 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-10 if dtype == torch.float64 else 1e-5
 
 
-def run(case: Case, compiler: str = "aot_eager") -> Outcome:
+def run(case: Case, compiler: str) -> Outcome:
     """Transform, train one step, and compare with the oracle."""
     plain, batch = case.make()
     model, refusal = transformed(case, plain, batch, compiler)
+    trainable = [name for name, param in plain.named_parameters() if param.requires_grad]
+    if model is None:
+        return Outcome(dict.fromkeys(trainable, "refused"), 0.0, "", 0, dict.fromkeys(trainable, refusal), refusal)
     expected = expected_statistics(case, plain, batch, model)
     step(case, model, batch)
     report = graphopt.Report.of(model)
-    kinds = {row.name: row.status for row in report.coverage}
+    rows = {row.name: row for row in report.coverage}
     scale = max(value.sum_grad_squared.abs().max().item() for value in expected.values())
-    floor = (100 * torch.finfo(case.dtype).eps) ** 2 * scale / tolerance(case.dtype)  # below: rounding errors of zero
-    statuses, errors = {}, {"": 0.0}
+    statuses, reasons, errors = {}, {}, {"": 0.0}
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
-        statistic = find(param, SUM_GRAD_SQUARED)
-        if name not in expected:
-            statuses[name] = "unused" if statistic is None or not statistic.any() else "wrong"
-            continue
-        _check_gradient(name, param, expected[name].grad, scale)
-        if kinds[name] is Status.SKIPPED:
-            statuses[name] = "refused" if statistic is None else "wrong"
-            continue
-        reference = expected[name].sum_grad_squared
-        assert statistic is not None, f"{name} has no statistic, but a row that says {kinds[name]}"
-        difference = (statistic.to(reference.dtype) - reference).norm().item()
-        errors[name] = difference / max(reference.norm().item(), floor)
-        right = errors[name] <= tolerance(case.dtype) and find(param, NUM_SAMPLES) == NUM
-        statuses[name] = kinds[name].value if right else "wrong"
+        statistic, row = find(param, SUM_GRAD_SQUARED), rows[name]
+        if name not in expected and statistic is not None and statistic.any():
+            statuses[name] = "wrong"
+        elif name not in expected and f" {name}: " not in refusal:
+            statuses[name] = "unused"
+        elif statistic is None or name not in expected:
+            assert row.status is Status.SKIPPED, f"{name} has no statistic, but a row that says {row.status}"
+            statuses[name], reasons[name] = "refused", row.reason
+        else:
+            errors[name] = relative_error(statistic, expected[name].sum_grad_squared, scale)
+            right = errors[name] <= tolerance(case.dtype) and find(param, NUM_SAMPLES) == NUM  # false for NaN
+            statuses[name] = _status(row.status) if right else "wrong"
+        if name in expected:
+            _check_gradient(name, param, expected[name].grad, scale)
     worst = max(errors, key=lambda name: errors[name])
-    return Outcome(statuses, errors[worst], worst, len(report.records), refusal)
+    return Outcome(statuses, errors[worst], worst, len(report.records), reasons, refusal, model)
 
 
-def transformed(case: Case, plain: nn.Module, batch: dict[str, Any], compiler: str) -> tuple[nn.Module, str]:
-    """A transformed copy that has run once, and the text of the error if parameters had to be skipped for it."""
-    options = {"sample_axis": case.sample_axis}
+def transformed(case: Case, plain: nn.Module, batch: dict[str, Any], compiler: str) -> tuple[nn.Module | None, str]:
+    """A transformed copy that has run once, and the text of the error if parameters had to be skipped for it.
+
+    No copy, where the error comes also if parameters may be skipped.
+    """
     refusal = ""
     for unsupported in ("error", "skip"):
         model = copy.deepcopy(plain)
+        options = {"sample_axis": case.sample_axis}
         graphopt.transform(model, [TrueGrad(unsupported=unsupported)], compiler=compiler, options=options)
         try:
             step(case, model, batch)
         except (UnsupportedError, SampleAxisError) as error:
             refusal = str(error)
             torch._dynamo.reset()
-            continue
-        _restore_buffers(model, plain)
-        return model, refusal
-    raise AssertionError(f"unsupported='skip' does not help: {refusal}")
+        else:
+            _restore_buffers(model, plain)
+            return model, refusal
+    return None, refusal
 
 
 def step(case: Case, model: nn.Module, batch: dict[str, Any]) -> None:
@@ -106,9 +115,7 @@ def step(case: Case, model: nn.Module, batch: dict[str, Any]) -> None:
     case.loss(model(**batch)).backward()
 
 
-def expected_statistics(
-    case: Case, plain: nn.Module, batch: dict[str, Any], model: nn.Module
-) -> dict[str, Statistic]:
+def expected_statistics(case: Case, plain: nn.Module, batch: dict[str, Any], model: nn.Module) -> dict[str, Statistic]:
     """By the oracle that fits the case; neither model is changed."""
     if case.mixes:
         return own_rows(copy.deepcopy(plain), batch, case.loss, NUM)
@@ -122,6 +129,17 @@ def expected_statistics(
             yield case.loss(own(**one))
 
     return from_losses(own, losses())
+
+
+def _status(status: Status) -> str:
+    """A graph that two layers share is reported for the first only: the other's statistic is there, and exact."""
+    return (Status.EXACT if status is Status.SKIPPED else status).value
+
+
+def relative_error(value: Tensor, expected: Tensor, scale: float = 1.0) -> float:
+    """Of a statistic, by norms; ``scale`` is the model's largest, beside which squares of rounding errors count as zero."""
+    floor = (100 * torch.finfo(expected.dtype).eps) ** 2 * scale / tolerance(expected.dtype)
+    return (value.to(expected.dtype) - expected).norm().item() / max(expected.norm().item(), floor)
 
 
 def _restore_buffers(model: nn.Module, source: nn.Module) -> None:

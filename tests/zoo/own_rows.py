@@ -22,9 +22,7 @@ from torch.overrides import TorchFunctionMode
 from tests.oracle import Statistic
 
 
-def own_rows(
-    model: nn.Module, batch: dict[str, Any], loss: Callable[[Any], Tensor], num: int
-) -> dict[str, Statistic]:
+def own_rows(model: nn.Module, batch: dict[str, Any], loss: Callable[[Any], Tensor], num: int) -> dict[str, Statistic]:
     """The statistics of a model with samples on the first axis of everything that meets a parameter.
 
     Args:

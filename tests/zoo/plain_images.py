@@ -57,7 +57,12 @@ class _Residual(nn.Module):
 @case(FAMILY, batch, mixes=True)
 def residual_network() -> nn.Module:
     return nn.Sequential(
-        _convolution(3, 4), _Residual(4, 4, 1), _Residual(4, 6, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)
+        _convolution(3, 4),
+        _Residual(4, 4, 1),
+        _Residual(4, 6, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 4),
     )
 
 
@@ -116,7 +121,13 @@ class _InvertedResidual(nn.Module):
 
 @case(FAMILY, batch, mixes=True)
 def mobile_net() -> nn.Module:
-    return nn.Sequential(_convolution(3, 4, stride=2), _InvertedResidual(4), nn.Flatten(), nn.Linear(64, 4))
+    return nn.Sequential(
+        _convolution(3, 4, stride=2),
+        _InvertedResidual(4),
+        nn.Flatten(),
+        nn.Dropout(0.0, inplace=True),
+        nn.Linear(64, 4),
+    )
 
 
 class _MixerBlock(nn.Module):

@@ -71,9 +71,7 @@ def transformer_encoder() -> nn.Module:
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
 
-@case(
-    FAMILY, lambda num: {"src": torch.randn(5, num, 8), "tgt": torch.randn(4, num, 8)}, sample_axis=1, output_axis=1
-)
+@case(FAMILY, lambda num: {"src": torch.randn(5, num, 8), "tgt": torch.randn(4, num, 8)}, sample_axis=1, output_axis=1)
 def transformer_sequence_first() -> nn.Module:
     """Encoder and decoder of torch; samples on the second axis."""
     return nn.Transformer(8, 2, 1, 1, 12, dropout=0.0)

@@ -53,9 +53,18 @@ def swin() -> nn.Module:
 
     return SwinForImageClassification(
         SwinConfig(
-            image_size=16, patch_size=2, embed_dim=4, depths=[2, 1], num_heads=[2, 2], window_size=4, mlp_ratio=2,
-            num_labels=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, drop_path_rate=0.0,
-        )  # fmt: skip
+            image_size=16,
+            patch_size=2,
+            embed_dim=4,
+            depths=[2, 1],
+            num_heads=[2, 2],
+            window_size=4,
+            mlp_ratio=2,
+            num_labels=4,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            drop_path_rate=0.0,
+        )
     )
 
 
@@ -78,26 +87,27 @@ def resnet() -> nn.Module:
     )
 
 
-@case(FAMILY, images(), mixes=True)
-def mobilenet_v2() -> nn.Module:
-    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
-
-    config = MobileNetV2Config(
-        image_size=16, depth_multiplier=0.1, min_depth=4, depth_divisible_by=4, classifier_dropout_prob=0.0, num_labels=4
-    )
-    return MobileNetV2ForImageClassification(config)
-
-
 @case(FAMILY, images(32), mixes=True)
 def segformer() -> nn.Module:
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
     return SegformerForSemanticSegmentation(
         SegformerConfig(
-            num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[4, 8], patch_sizes=[7, 3],
-            strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=8, num_labels=4,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout_prob=0.0, drop_path_rate=0.0,
-        )  # fmt: skip
+            num_encoder_blocks=2,
+            depths=[1, 1],
+            sr_ratios=[2, 1],
+            hidden_sizes=[4, 8],
+            patch_sizes=[7, 3],
+            strides=[4, 2],
+            num_attention_heads=[1, 2],
+            mlp_ratios=[2, 2],
+            decoder_hidden_size=8,
+            num_labels=4,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            classifier_dropout_prob=0.0,
+            drop_path_rate=0.0,
+        )
     )
 
 
