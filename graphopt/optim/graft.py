@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from graphopt.optim.foreach import foreach, norms
 from graphopt.optim.weight_decay import WeightDecay, WeightDecayChain
 from graphopt.optim.wrapping_optimizer import Entry, WrappingOptimizer, rates
 
@@ -73,11 +74,10 @@ class Graft(WrappingOptimizer):
         return self.inner["direction"]
 
     def _steps(self, entries: Sequence[Entry]) -> tuple[list[Tensor], list[Any]]:
-        factors = list(torch._foreach_norm(self._ask("magnitude", entries)))
+        factors = norms(self._ask("magnitude", entries))
         steps = self._ask("direction", entries)
-        norms = list(torch._foreach_norm(steps))
-        torch._foreach_clamp_min_(norms, [float(entry.group["eps"]) for entry in entries])
-        torch._foreach_div_(factors, norms)
-        torch._foreach_mul_(factors, rates(entries))
-        torch._foreach_mul_(steps, factors)
+        floors = [float(entry.group["eps"]) for entry in entries]
+        foreach("div_", factors, foreach("clamp_min_", norms(steps), floors))
+        foreach("mul_", factors, rates(entries))
+        foreach("mul_", steps, factors)
         return steps, rates(entries)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from graphopt.errors import OptionError
+from graphopt.optim.foreach import foreach, whole
 from graphopt.optim.weight_decay import WeightDecay, WeightDecayChain
 from graphopt.optim.wrapping_optimizer import Entry, WrappingOptimizer
 
@@ -101,14 +102,14 @@ class OptimizerOptimizer(WrappingOptimizer):
         factors = [state["lr_factor"] for state in states]
         previous = [state["previous_update"] for state in states]
         alphas = [factor * float(entry.group["lr"]) for factor, entry in zip(factors, entries, strict=True)]
-        torch._foreach_mul_(steps, alphas)
+        foreach("mul_", steps, alphas)
         rates = [alpha * inner_rate for alpha, inner_rate in zip(alphas, inner_rates, strict=True)]
-        products = torch._foreach_mul(steps, previous)
+        products = foreach("mul", steps, previous)
         for entry, inner_rate, factor, product in zip(entries, inner_rates, factors, products, strict=True):
             if inner_rate:
                 kappa, lowest = float(entry.group["learning_rate_learning_rate"]), float(entry.group["min_lr"])
-                factor.add_(product.sum(), alpha=kappa / inner_rate).clamp_(min=lowest / inner_rate)
-        torch._foreach_copy_(previous, steps)
+                factor.add_(whole(product.sum()), alpha=kappa / inner_rate).clamp_(min=lowest / inner_rate)
+        foreach("copy_", previous, steps)
         return steps, rates
 
     def _inner_rates(self) -> dict[int, float]:

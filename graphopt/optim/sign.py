@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from graphopt.optim.foreach import foreach, norms
 from graphopt.optim.weight_decay import WeightDecay, WeightDecayChain
 from graphopt.optim.wrapping_optimizer import Entry, WrappingOptimizer, rates
 
@@ -65,13 +66,12 @@ class Sign(WrappingOptimizer):
 
     def _steps(self, entries: Sequence[Entry]) -> tuple[list[Tensor], list[Any]]:
         steps = self._ask("base", entries)
-        signs = list(torch._foreach_sign(steps))
+        signs = foreach("sign", steps)
         grafted = [index for index, entry in enumerate(entries) if entry.group["graft_to_self"]]
-        if grafted:
-            factors = list(torch._foreach_norm([steps[index] for index in grafted]))
-            norms = list(torch._foreach_norm([signs[index] for index in grafted]))
-            torch._foreach_clamp_min_(norms, [float(entries[index].group["eps"]) for index in grafted])
-            torch._foreach_div_(factors, norms)
-            torch._foreach_mul_([signs[index] for index in grafted], factors)
-        torch._foreach_mul_(signs, rates(entries))
+        own_signs = [signs[index] for index in grafted]
+        floors = [float(entries[index].group["eps"]) for index in grafted]
+        factors = norms([steps[index] for index in grafted])
+        foreach("div_", factors, foreach("clamp_min_", norms(own_signs), floors))
+        foreach("mul_", own_signs, factors)
+        foreach("mul_", signs, rates(entries))
         return signs, rates(entries)

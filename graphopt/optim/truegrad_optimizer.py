@@ -11,6 +11,7 @@ from graphopt import annotations
 from graphopt.annotations import NUM_SAMPLES, SUM_GRAD_SQUARED
 from graphopt.errors import MissingAnnotation, OptionError, StaleAnnotation, UnsupportedError
 from graphopt.optim.base_optimizer import BaseOptimizer, new_count, state_dtype
+from graphopt.optim.foreach import foreach
 from graphopt.optim.truegrad_update import AVERAGES, Numbers, Preconditioner, Tensors, Update, make_coefficients, plan
 from graphopt.optim.weight_decay import WeightDecay, WeightDecayChain
 
@@ -151,7 +152,7 @@ class TrueGradOptimizer(BaseOptimizer):
         runs = plan(type(self).__name__, updates)  # compiles, so it can fail: before anything is changed
         if decay is not None and pulls:
             params = [gradient.param for gradient in gradients]
-            torch._foreach_copy_(pulls, decay(params, [self.state[param] for param in params]))
+            foreach("copy_", pulls, decay(params, [self.state[param] for param in params]))
         counted = [update.state["step"] for update in updates if not update.is_adamw]  # torch's AdamW counts its own
         counted += [u.state["num_statistics"] for u in updates if u.tensors.exp_avg_per_sample_sq is not None]
         if counted:

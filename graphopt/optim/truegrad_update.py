@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from graphopt.optim.flat_kernels import MAX_SMALL, NUM_SAMPLE_ELEMENTS, compile_flat, flatten
+from graphopt.optim.foreach import foreach
 
 Preconditioner = Literal["mean_square", "variance", "squared_mean"]
 
@@ -393,14 +394,14 @@ def _run_adamw(batch: Sequence[Update]) -> None:
     params = [t.param.to(exp_avg.dtype) for t, exp_avg in zip(tensors, averages, strict=True)]
     pulls = [t.pull for t in tensors if t.pull is not None]
     if pulls:
-        torch._foreach_sub_(params, pulls, alpha=batch[0].coefficients.pull)
-    foreach, fused = group["foreach"], group["fused"]
+        foreach("sub_", params, foreach("mul_", pulls, batch[0].coefficients.pull))
+    in_lists, in_kernel = group["foreach"], group["fused"]
     # torch's fused kernel reads memory in order, so it needs flat views; off the CPU it wants `step` on the device,
     # too.
-    if batch[0].is_flat and all(param.is_cpu for param in params) and (fused or batch[0].leaves_choice):
-        foreach, fused = False, True
-    elif fused:
-        foreach, fused = True, False
+    if batch[0].is_flat and all(param.is_cpu for param in params) and (in_kernel or batch[0].leaves_choice):
+        in_lists, in_kernel = False, True
+    elif in_kernel:
+        in_lists, in_kernel = True, False
     adamw(
         params,
         [t.grad.to(exp_avg.dtype) for t, exp_avg in zip(tensors, averages, strict=True)],
@@ -408,8 +409,8 @@ def _run_adamw(batch: Sequence[Update]) -> None:
         [t.exp_avg_sq for t in tensors if t.exp_avg_sq is not None],
         [],
         [update.state["step"] for update in batch],
-        foreach=foreach,
-        fused=fused,
+        foreach=in_lists,
+        fused=in_kernel,
         amsgrad=False,
         beta1=float(group["betas"][0]),
         beta2=float(group["betas"][1]),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import OptionError
+from graphopt.optim.foreach import foreach
 
 
 class WeightDecay(ABC):
@@ -142,11 +143,9 @@ class LpWeightDecay(WeightDecay):
         """Map x to ``|x|**power * sign(x)``."""
         if self.power == 1.0:
             return values
-        signs = list(torch._foreach_sign(values))
+        signs = foreach("sign", values)
         if self.power != 0.0:
-            powers = torch._foreach_abs(values)
-            torch._foreach_pow_(powers, self.power)
-            torch._foreach_mul_(signs, powers)
+            foreach("mul_", signs, foreach("pow_", foreach("abs", values), self.power))
         return signs
 
     def __repr__(self) -> str:
@@ -186,7 +185,7 @@ class WeightDecayToInit(WeightDecay):
 
     def __call__(self, values: list[Tensor], params: list[Tensor], states: Sequence[dict[str, Tensor]]) -> list[Tensor]:
         """Map x to ``x - θ₀``."""
-        return list(torch._foreach_sub(values, [state["init"] for state in states]))
+        return foreach("sub", values, [state["init"] for state in states])
 
 
 class WeightDecayToEMA(WeightDecay):
@@ -220,11 +219,10 @@ class WeightDecayToEMA(WeightDecay):
     def __call__(self, values: list[Tensor], params: list[Tensor], states: Sequence[dict[str, Tensor]]) -> list[Tensor]:
         """Let the averages take in the parameters, and map x to ``x - average``."""
         averages = [state["average"] for state in states]
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
+        steps = foreach("add_", [state["step"] for state in states], 1)
         weights = [(1 - self.beta) / (1 - self.beta ** step.item()) for step in steps]
-        torch._foreach_lerp_(averages, params, weights)
-        return list(torch._foreach_sub(values, averages))
+        foreach("lerp_", averages, params, weights)
+        return foreach("sub", values, averages)
 
     def __repr__(self) -> str:
         return f"WeightDecayToEMA({self.beta})"

@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from graphopt.errors import OptionError, UnsupportedError
 from graphopt.optim.base_optimizer import BaseOptimizer, new_count, state_dtype
+from graphopt.optim.foreach import foreach
 from graphopt.optim.weight_decay import WeightDecay, WeightDecayChain
 
 
@@ -146,26 +147,24 @@ class WrappingOptimizer(BaseOptimizer):
         states = [self.state[entry.param] for entry in entries]
         for state in states:
             state.setdefault("step", new_count())
-        torch._foreach_add_([state["step"] for state in states], 1)
+        foreach("add_", [state["step"] for state in states], 1)
         pulls = self._pulls(entries)
         if pulls is not None:
             decays = [float(entry.group["weight_decay"]) for entry in entries]
             factors = [rate * decay for rate, decay in zip(rates, decays, strict=True)]
-            torch._foreach_mul_(pulls, factors)
-            torch._foreach_sub_(steps, pulls)
-        torch._foreach_add_(steps, [_widen(entry.before) for entry in entries])
-        torch._foreach_copy_([entry.param.detach() for entry in entries], steps)
+            foreach("sub_", steps, foreach("mul_", pulls, factors))
+        foreach("add_", steps, [_widen(entry.before) for entry in entries])
+        foreach("copy_", [entry.param.detach() for entry in entries], steps)
 
     def _ask(self, role: str, entries: Sequence[Entry]) -> list[Tensor]:
         """The step that an inner optimizer would make, in `state_dtype`. The parameters stay as they are."""
         try:
             self.inner[role].step()
             after = [_widen(entry.param) for entry in entries]
-            steps = torch._foreach_sub(after, [_widen(entry.before) for entry in entries])
+            return foreach("sub", after, [_widen(entry.before) for entry in entries])
         finally:
             params = [entry.param.detach() for entry in entries]  # again: a step may have given it other memory
-            torch._foreach_copy_(params, [entry.before for entry in entries])
-        return list(steps)
+            foreach("copy_", params, [entry.before for entry in entries])
 
     def _pulls(self, entries: Sequence[Entry]) -> list[Tensor] | None:
         """What the weight decay subtracts, times its learning rate and ``weight_decay``, in new tensors."""
