@@ -56,7 +56,7 @@ class _Operator:
                     flat.append(argument)
                 else:
                     flat.extend(argument)
-            return _Direct.apply(self, *flat)
+            return _Direct.apply(self, *flat)  # type: ignore[no-untyped-call]
 
         return call
 

@@ -6,7 +6,7 @@ statistic beside the gradients. What is written here is only where the samples a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -174,17 +174,16 @@ class _OverSamples(Mirror, _BatchNorm):
     """Batch normalisation. A sample contributes the terms of its own rows, the statistics of the batch taken as given."""
 
     def forward(self, input: Tensor) -> Tensor:
-        tracks = self.training and self.num_batches_tracked is not None
-        if self.momentum is not None or not tracks or torch.compiler.is_compiling():
-            return super().forward(input)
+        count = self.num_batches_tracked if self.training else None
+        if self.momentum is not None or count is None or torch.compiler.is_compiling():
+            return cast(Tensor, super().forward(input))
         self.momentum = 0.0  # the average over all batches has a weight that the trace cannot know: it is taken here
         try:
             result: Tensor = super().forward(input)
         finally:
             self.momentum = None
         with torch.no_grad():
-            weight = 1.0 / float(self.num_batches_tracked)
-            F.batch_norm(input, self.running_mean, self.running_var, training=True, momentum=weight)
+            F.batch_norm(input, self.running_mean, self.running_var, training=True, momentum=1.0 / float(count))
         return result
 
 

@@ -93,7 +93,10 @@ class _Call:
             self._refuse_hooks()
         facts: list[Any] = [(name, self._describe(value, axes.get(name))) for name, value in arguments.items()]
         sizes = self.sample_sizes()
-        groups = tuple(size if size < 2 else sizes.index(size) + 2 for size in sizes)
+        if 0 in sizes:  # nothing to square
+            self.is_plain = True
+            return
+        groups = tuple(1 if size == 1 else sizes.index(size) + 2 for size in sizes)
         self.signature = (
             type(module),
             getattr(forward, "__func__", forward),
@@ -228,26 +231,18 @@ def _make(call: _Call) -> _Trace:
     try:
         leaves, spec, places, captured = _capture(call)
         graph, _ = run_passes(captured, [TrueGrad()])
-    except Exception as error:
+    except GraphoptError as error:
         call.run_plain()  # a mistake in the call is torch's to report
-        if isinstance(error, GraphoptError):
-            error.add_note(_INSTEAD.format(call=call, where=_where()))
-            raise
-        raise UnsupportedError(
-            f"{call} cannot be traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
-            + _INSTEAD.format(call=call, where=_where())
-        ) from error
+        error.add_note(
+            f"in the call of {call} of graphopt.nn{_where()}. graphopt.transform(model) sees the whole model and serves more of "
+            "them; the same module of torch.nn works without the statistic"
+        )
+        raise
     name = repr(call)
     bound = BoundGraph(
         graph, lambda: without_dispatcher(graph.graph_module).forward, lambda: f"{EAGER_CALL}{name} {next(_call_ids)}"
     )
     return _Trace(bound, spec, leaves, places, _guard(captured, len(places)))
-
-
-_INSTEAD = (
-    "in the call of {call} of graphopt.nn{where}. graphopt.transform(model) sees the whole model and serves more of them; the "
-    "same module of torch.nn works without the statistic"
-)
 
 
 def _capture(call: _Call) -> tuple[list[Any], pytree.TreeSpec, list[tuple[int, int]], CapturedGraph]:
@@ -256,8 +251,14 @@ def _capture(call: _Call) -> tuple[list[Any], pytree.TreeSpec, list[tuple[int, i
     result: dict[str, Any] = {}
 
     def function(*flat: Any) -> list[Tensor]:
-        with _LowerRecurrent():
-            leaves, result["spec"] = pytree.tree_flatten(call.run_on(flat[len(places) :]))
+        try:
+            with _LowerRecurrent():
+                leaves, result["spec"] = pytree.tree_flatten(call.run_on(flat[len(places) :]))
+        except Exception as error:
+            if isinstance(error, GraphoptError):
+                raise
+            why = str(error).splitlines()[0] if str(error) else "no text"
+            raise UnsupportedError(f"{call} cannot be traced ({type(error).__name__}: {why})") from error
         result["leaves"] = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
@@ -316,7 +317,7 @@ def _guard(captured: CapturedGraph, num_sizes: int) -> Callable[..., bool] | Non
 def _owned(module: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
     """Parameters and buffers, by name."""
     if module._modules:
-        return list(module.named_parameters()), list(module.named_buffers())
+        return [*module.named_parameters()], [*module.named_buffers()]
     params = [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None]
     return params, [(name, tensor) for name, tensor in module._buffers.items() if tensor is not None]
 

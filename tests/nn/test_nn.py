@@ -428,6 +428,26 @@ def test_children_of_composites_are_graphopts():
     assert all(isinstance(param, nn.TrueGradParameter) for param in model.parameters())
 
 
+def test_embedding_that_renormalises_its_rows():
+    module, rows = nn.Embedding(7, 3, max_norm=1.0).double(), torch.randint(0, 7, (N, 5))
+    original = plain(module)
+    smooth(module(rows)).backward()
+    original(rows)  # norms are cut in place, at the first look-up
+    torch.testing.assert_close(module.weight, original.weight)
+    expected = loop_over_samples(original, (rows,), smooth, reduction="sum")
+    torch.testing.assert_close(statistic(module.weight), expected["weight"].sum_grad_squared, rtol=1e-9, atol=1e-12)
+
+
+def test_no_samples():
+    """An expert that got none: gradients are zero, and what was there stays."""
+    module, x = nn.Linear(3, 2).double(), rand(N, 3)
+    smooth(module(x)).backward()
+    before = statistic(module.weight).clone()
+    smooth(module(x[:0])).backward()
+    assert torch.equal(statistic(module.weight), before)
+    assert find(module.weight, NUM_SAMPLES) == N
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------------
 
 
@@ -437,6 +457,12 @@ def test_sparse_gradients_are_refused_by_name():
         module(torch.randint(0, 7, (N, 5)))
     assert "Embedding(input) of graphopt.nn" in "".join(caught.value.__notes__)
     assert "test_nn.py" in "".join(caught.value.__notes__)
+
+
+def test_bags_of_different_lengths_are_refused_by_name():
+    module = nn.EmbeddingBag(7, 3, mode="sum")
+    with pytest.raises(UnsupportedError, match=r"weight: .*embedding_bag"):
+        module(torch.randint(0, 7, (9,)), torch.tensor([0, 2, 5]))
 
 
 def test_packed_sequences_are_refused():
