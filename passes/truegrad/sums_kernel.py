@@ -4,7 +4,7 @@ Legend: N samples, S positions of one sample, I in, O out.
 
 What it replaces, the chunked ``bmm``, writes the (N, O, I) per-sample products and reads them several times; the kernel keeps
 them in registers (`graphopt.passes.truegrad.sums_triton`). Per element of a product, with bfloat16 inputs on an H200, these
-take, at 600 TFLOP/s in matrix units, 33 T instructions/s outside and 4.8 TB/s of memory:
+should take (from its data sheet, not measured), at 600 TFLOP/s in matrix units, 33 T instructions/s outside and 4.8 TB/s:
 
     the product itself                                 S * 3.3e-15 s
     adding it, squaring and adding that                  6.0e-14 s     as 18 positions
