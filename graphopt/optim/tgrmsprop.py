@@ -27,7 +27,8 @@ class TGRMSProp(TrueGradOptimizer):
         params: parameters, ``named_parameters()`` (errors will then name them), or groups with options of their own.
         lr: learning rate, a number or a tensor of one element.
         betas: (β1, β2), for the squares of the baseline and of the per-sample direction; one number, or a tuple of one,
-            stands for both.
+            stands for both. (`torch.optim.lr_scheduler.OneCycleLR` takes ``betas`` for a momentum: pass it
+            ``cycle_momentum=False``.)
         eps: ε, lower limit of both roots, in units of the gradient.
         weight_decay: λ, decoupled, applied once per parameter and step.
         graft: give the step of every tensor the norm of the baseline's. Without it there is no ``exp_avg_sq``, unless one

@@ -350,6 +350,19 @@ def test_gradient_scaler(make):
     assert largest_difference(plain, scaled) < 1e-6
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@every_optimizer
+@every_decay
+def test_cuda(make, decay):
+    here, there = make_params(SHAPES, torch.float32), make_params(SHAPES, torch.float32)
+    there = [nn.Parameter(p.detach().cuda()) for p in there]
+    optimizers = [make(params, weight_decay=0.1, weight_decay_cls=decay) for params in (here, there)]
+    for params, optimizer in zip((here, there), optimizers, strict=True):
+        train(optimizer, params, range(10))
+    assert largest_difference(here, [p.cpu() for p in there]) < 1e-4
+
+
 @every_optimizer
 def test_hooks_fire(make):
     params = make_params(SHAPES)

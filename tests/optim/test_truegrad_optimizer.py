@@ -270,3 +270,34 @@ def test_statistics_of_backpack(cls):
             reference.step(p.grad, square)
         optimizer.step()
         assert largest_difference(model.parameters(), [reference.theta for reference in references]) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (TGAdamW, {}),
+        (TGAdamW, {"graft": False, "betas": (0.8, 0.95)}),
+        (TGLaProp, {}),
+        (TGLaProp, {"graft": False, "betas": (0.9, 0.99, 0.8, 0.95)}),
+        (TGRMSProp, {}),
+        (TGRMSProp, {"graft": False, "betas": (0.9, 0.8)}),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_the_forerunners_optimizers(cls, options):
+    """The package truegrad takes the same steps; with weight decay it decays N tensors N times in each."""
+    truegrad = pytest.importorskip("truegrad.optim")
+    for weight_decay in (0.0, 0.5):
+        ours, theirs = make_params([(4, 3), (5,)]), make_params([(4, 3), (5,)])
+        optimizer = cls(ours, lr=0.01, weight_decay=weight_decay, **options)
+        forerunner = getattr(truegrad, cls.__name__)(theirs, lr=0.01, weight_decay=weight_decay, **options)
+        for seed in range(20):
+            set_gradients(ours, seed)
+            for p, q in zip(ours, theirs, strict=True):
+                q.grad = p.grad.clone()
+                annotations.publish(q, mean_square(p), 1)  # it reads p.sum_grad_squared as it stands
+            annotations.expose()
+            optimizer.step()
+            forerunner.step()
+        difference = largest_difference(ours, theirs)
+        assert difference > 0.01 if weight_decay else difference < 1e-11

@@ -28,8 +28,8 @@ def set_gradients(params, seed, *, factor=None):
         grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
         noise = 1 + torch.rand(p.shape, generator=generator, dtype=torch.float64)
         wide = torch.promote_types(p.dtype, torch.float32)
-        p.grad = grad.to(p.dtype)
-        square = p.grad.to(wide) ** 2 * (noise.to(wide) if factor is None else factor)
+        p.grad = grad.to(p.device, p.dtype)
+        square = p.grad.to(wide) ** 2 * (noise.to(p.device, wide) if factor is None else factor)
         annotations.publish(p, square / 7, 7)
 
 
