@@ -316,10 +316,9 @@ def _guard(captured: CapturedGraph, num_sizes: int) -> Callable[..., bool] | Non
 
 def _owned(module: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
     """Parameters and buffers, by name."""
-    if module._modules:
-        return [*module.named_parameters()], [*module.named_buffers()]
-    params = [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None]
-    return params, [(name, tensor) for name, tensor in module._buffers.items() if tensor is not None]
+    own = (module._parameters.items(), module._buffers.items())
+    params, buffers = (module.named_parameters(), module.named_buffers()) if module._modules else own
+    return [(n, tensor) for n, tensor in params if tensor is not None], [(n, t) for n, t in buffers if t is not None]
 
 
 def _config(module: nn.Module) -> Any:
