@@ -99,7 +99,10 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return tensor
     module = sys.modules.get("torch.distributed.tensor")  # not imported: no DTensor can exist
-    return tensor._local_tensor if module is not None and isinstance(tensor, module.DTensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    if module is None or not isinstance(tensor, module.DTensor):
+        return tensor
+    local: torch.Tensor = tensor._local_tensor
+    return local
 
 
 def is_split_for_ddp() -> bool:

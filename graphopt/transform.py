@@ -269,8 +269,8 @@ def _refuse_distributed(inputs: Sequence[Input], example_inputs: Sequence[Any]) 
     ]
     if names:
         raise UnsupportedError(
-            f"parameters are DTensors in the graph: {', '.join(names[:10])}. Tensor parallelism (parallelize_module) computes a part "
-            "of each sample on each rank, which TrueGrad does not follow. Use torch.distributed.fsdp.fully_shard instead, or "
+            f"parameters are DTensors in the graph: {', '.join(names[:10])}. Tensor parallelism (parallelize_module) computes a "
+            "part of each sample on each rank, which TrueGrad does not follow. Use torch.distributed.fsdp.fully_shard instead, or "
             "transform the model without TrueGrad: graphopt.transform(model, [])"
         )
 
@@ -375,7 +375,7 @@ def _entry(
             data_parallel.enter_forward()  # on every rank, also on one whose batch reaches no graph
         before = BoundGraph.num_calls
         try:
-            with capture_settings():
+            with capture_settings(has_passes=bool(setup.passes)):
                 outputs = compiled(*args, **kwargs)
         except _compat.BackendCompilerFailed as error:
             inner = error.inner_exception
