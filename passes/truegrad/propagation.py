@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import sympy
@@ -49,6 +50,7 @@ class _Propagation:
         self.graph = graph
         self.layouts: Layouts = {}
         self.sources: dict[Size, tuple[int, int]] = {}  # number of samples -> the input that counts them
+        self._order: tuple[Node, ...] | None = None  # of the samples that enter the operator that is being visited
 
     def run(self) -> Layouts:
         candidates = [
@@ -78,6 +80,8 @@ class _Propagation:
     def layout(self, node: Any) -> Layout:
         """The layout of a node with one output; `Free` for anything that is not a node."""
         found = self.layouts.get(node, FREE) if isinstance(node, Node) else FREE
+        if isinstance(found, SampleAxis) and found.order is None:
+            return replace(found, order=self._order)  # a constant fits the order of what it meets
         return found if not isinstance(found, list) else FREE
 
     def _visit(self, node: Node) -> Layout | list[Layout]:
@@ -96,7 +100,11 @@ class _Propagation:
     def _visit_output(self, node: Node, value: Any) -> Layout:
         if not isinstance(value, Tensor):
             return FREE
+        self._order = None
         inputs = [self.layout(argument) for argument in node.all_input_nodes if _is_tensor(argument)]
+        orders = {layout.order for layout in inputs if isinstance(layout, SampleAxis) and layout.order is not None}
+        if orders:
+            self._order = orders.pop() if len(orders) == 1 else ()
         known = [layout for layout in inputs if isinstance(layout, SampleAxis)]
         if not known:
             lost = next((layout for layout in inputs if isinstance(layout, Lost)), None)
@@ -138,8 +146,14 @@ class _Propagation:
             return FREE
         if len(found) == 1 and sizes[found[0]] in self.sources:
             num = sizes[found[0]]
-            return SampleAxis(found[0], num, self.sources[num], is_iota=counts_up(node))
+            order = None if self._is_constant(node) else ()
+            return SampleAxis(found[0], num, self.sources[num], is_iota=counts_up(node), order=order)
         return self._repeated(node, value) or Lost(node, "rows in an order that is not known")
+
+    def _is_constant(self, node: Node) -> bool:
+        """Whether a value is made from sizes alone, and stays as it is made."""
+        op = cast(Any, node.target).overloadpacket.__name__
+        return (op in _CREATIONS or not any(_is_tensor(a) for a in node.all_input_nodes)) and not _is_written_to(node)
 
     def _repeated(self, node: Node, value: Tensor) -> Layout | None:
         """``value.repeat(batch, 1)``: each sample has a copy of the whole value, one behind the other."""
@@ -179,6 +193,13 @@ def _writes(node: Node) -> bool:
 
 def _is_view(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+
+
+def _is_written_to(node: Node) -> bool:
+    """Whether an operator writes in place into a value, or into a view of it."""
+    return any(
+        (_writes(user) and user.args[0] is node) or (_is_view(user) and _is_written_to(user)) for user in node.users
+    )
 
 
 def _is_tensor(node: Node) -> bool:

@@ -28,6 +28,7 @@ from graphopt.passes.truegrad import (
     rules,  # noqa: F401  registers the rules
 )
 from graphopt.passes.truegrad._registry import ClosedForm, Declined, Refused, batched_rules, closed_rules
+from graphopt.passes.truegrad.axes.reordering import is_permutation
 from graphopt.passes.truegrad.collecting import collect_gradients
 from graphopt.passes.truegrad.editor import OPERATOR_NAMES, Editor
 from graphopt.passes.truegrad.rules.embedding import check as check_embedding
@@ -52,6 +53,14 @@ _BROADCASTING = frozenset(
 # Operators whose results have their features on the second axis.
 _CHANNELS_SECOND = frozenset("conv1d conv2d conv3d convolution batch_norm group_norm instance_norm".split())
 
+_SEVERAL_ORDERS = (
+    "it meets the samples in several orders (reordered by an index), so its contributions cannot be added for each sample. "
+    "Reorder the batch in front of the model, or bring the samples back with x[index.argsort()] before it is used again"
+)
+_NO_NORMS = (
+    "it meets the samples in another order than they came in, so sample_grad_norm would be in that order. Reorder the batch in "
+    "front of the model"
+)
 _NO_POSITIONS = (
     "squares of single positions (sum_position_grad_squared) are not defined for a parameter that is computed with before it "
     "meets samples, or used in several products"
@@ -183,6 +192,7 @@ class Rewriter:
 
     def run(self) -> int:
         """Serve every parameter that can be served; the others are in ``uses.problems``. Returns the number of changes."""
+        self._check_orders()
         tied, batched = self._plan()
         changed = 0
         for param in tied:
@@ -198,6 +208,26 @@ class Rewriter:
                 changed += 1
         changed += self._batch(batched)
         return changed
+
+    def _check_orders(self) -> None:
+        """Parameters that meet samples in one order only; its indices are permutations, or are checked when the model runs."""
+        needed: dict[Node, SampleAxis] = {}
+        for param, found in self.uses.of.items():
+            axes = [axis for use in found if isinstance(axis := self.layouts.get(use.node), SampleAxis)]
+            orders = {axis.order or () for axis in axes}
+            if len(orders) > 1:
+                self.uses.problems.setdefault(param, _SEVERAL_ORDERS)
+            elif orders != {()} and SAMPLE_GRAD_NORM in self.statistics:
+                self.uses.problems.setdefault(param, _NO_NORMS)
+            needed |= {token: axis for axis in axes for token in axis.order or ()}
+        for token, axis in needed.items():
+            if not is_permutation(token):
+                with self.editor.after(token):
+                    checked = self.editor.call(
+                        torch.ops.graphopt.permutation.default, token, self.editor.size(axis.num), describe(token)
+                    )
+                token.replace_all_uses_with(checked, delete_user_cb=lambda user, own=checked: user is not own)
+                self.layouts[checked] = self.layouts[token]
 
     def _plan(self) -> tuple[list[Node], set[Node]]:
         candidates = [param for param, found in self.uses.of.items() if found and param not in self.uses.problems]
@@ -378,7 +408,9 @@ class Rewriter:
         ):
             return self._lookup_tangent(value)
         # One result of several is computed from what all are computed from.
-        source, place = (cast(Node, value.args[0]), value.args[1]) if value.target is operator.getitem else (value, None)
+        source, place = (
+            (cast(Node, value.args[0]), value.args[1]) if value.target is operator.getitem else (value, None)
+        )
         arguments = [a for a in source.all_input_nodes if isinstance(a.meta.get("val"), Tensor | list | tuple)]
         moving = [a for a in arguments if a in self.uses.params]
         tangents = [self._tangent(a) for a in moving]

@@ -51,6 +51,7 @@ class SampleAxis:
         outer: how often the samples are repeated along the axis.
         inner: consecutive rows that belong to one sample.
         is_iota: the values along the axis are the sample's own numbers, as in ``torch.arange(batch_size)``.
+        order: the indices that the samples were reordered by, one after the other; ``None`` for constants, which fit any order.
     """
 
     axis: int
@@ -59,6 +60,7 @@ class SampleAxis:
     outer: Size = sympy.S.One
     inner: Size = sympy.S.One
     is_iota: bool = False
+    order: tuple[Node, ...] | None = ()
 
     @property
     def is_plain(self) -> bool:

@@ -139,7 +139,10 @@ class TrueGrad(Pass):
         names = {node: described.name for node, described in zip(graph.placeholders, graph.inputs, strict=True)}
         layouts = find_sample_axes(graph)
         outputs = [layouts.get(value) for value in graph.output_nodes]
-        axes = tuple(layout.axis if isinstance(layout, SampleAxis) and layout.is_plain else None for layout in outputs)
+        axes = tuple(
+            layout.axis if isinstance(layout, SampleAxis) and layout.is_plain and not layout.order else None
+            for layout in outputs
+        )
         pristine = graph.copy()
         uses = find_uses(graph, layouts, tracked)
         options: dict[str, Any] = {"per_token": self.per == "token", "square_dtype": self.square_dtype}

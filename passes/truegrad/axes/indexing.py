@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from graphopt.passes.truegrad.axes.reordering import reordered
 from graphopt.passes.truegrad.sample_axis import (
     FREE,
     Free,
@@ -63,6 +64,8 @@ def index_select(node: Node, value: Tensor, known: Known) -> Layout:
     numbers = row_numbers(cast(Node, node.args[2])) if isinstance(layout, SampleAxis) else None
     if isinstance(layout, SampleAxis) and numbers is not None:
         return selected(layout, numbers) or Lost(node, REORDERED)
+    if isinstance(layout, SampleAxis):
+        return reordered(layout, cast(Node, node.args[2])) or Lost(node, REORDERED)
     return Lost(node, REORDERED)
 
 
@@ -119,7 +122,7 @@ def selected(layout: SampleAxis, numbers: SampleAxis) -> SampleAxis | None:
     if sympy.cancel(layout.outer * layout.num * layout.inner - numbers.num) != 0:
         return None
     outer, inner = layout.outer * numbers.outer, layout.inner * numbers.inner
-    return SampleAxis(layout.axis, layout.num, layout.source, outer, inner)
+    return replace(layout, outer=outer, inner=inner, is_iota=False)
 
 
 _SAME_NUMBERS = frozenset(
@@ -190,6 +193,8 @@ def index(node: Node, value: Tensor, known: Known) -> Layout:
             numbers = row_numbers(indices[layout.axis]) if len(given) == 1 else None
             if numbers is not None and (found := selected(layout, numbers)) is not None:
                 return found.at(start + numbers.axis)
+            if len(given) == 1 and (moved := reordered(layout, indices[layout.axis])) is not None:
+                return moved
             own = known.layout(indices[layout.axis])
             follows = isinstance(own, SampleAxis) and own.is_iota and layout.is_plain
             return rows.pop() if follows and len(rows) == 1 else Lost(node, REORDERED)

@@ -101,7 +101,8 @@ def _reshaped(layout: SampleAxis, before: list[Size], after: list[Size]) -> Samp
         inner = _quotient(step, below)
         outer = _quotient(below * after[axis], block)
         if inner is not None and outer is not None:
-            return SampleAxis(axis, layout.num, layout.source, outer, inner, layout.is_iota and inner == 1 == outer)
+            is_iota = layout.is_iota and inner == 1 == outer
+            return replace(layout, axis=axis, outer=outer, inner=inner, is_iota=is_iota)
         below = below * after[axis]
     return None
 

@@ -18,6 +18,7 @@ from graphopt.passes.truegrad.ops import convolution as convolution
 from graphopt.passes.truegrad.ops import embedding as embedding
 from graphopt.passes.truegrad.ops import linear as linear
 from graphopt.passes.truegrad.ops import per_sample as per_sample
+from graphopt.passes.truegrad.ops import permutation as permutation
 from graphopt.passes.truegrad.ops import sums as sums
 from graphopt.passes.truegrad.ops import tied_embedding as tied_embedding
 from graphopt.passes.truegrad.ops.registration import register_decompositions as register_decompositions

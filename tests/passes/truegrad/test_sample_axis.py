@@ -30,6 +30,15 @@ def layout_of(function, *shape, axis=0, others=(), axes=None):
 @pytest.mark.parametrize(
     ("function", "expected"),
     {
+        "reordered": (lambda x: x[torch.randperm(x.shape[0])], (0, 1, NUM, 1)),
+        "reordered, and back": (
+            lambda x: x + (lambda i: x[i][i.argsort()])(torch.randperm(x.shape[0])),
+            (0, 1, NUM, 1),
+        ),
+        "reordered, and a constant": (
+            lambda x: x.new_zeros(x.shape[0], 1, 1) + x.index_select(0, x[:, 0, 0].argsort()),
+            (0, 1, NUM, 1),
+        ),
         "identity": (lambda x: x.sin(), (0, 1, NUM, 1)),
         "transposed": (lambda x: x.transpose(0, 1), (1, 1, NUM, 1)),
         "permuted": (lambda x: x.permute(2, 1, 0), (2, 1, NUM, 1)),
@@ -150,12 +159,12 @@ def test_layouts(function, expected):
         "flip": (lambda x: x.flip(0), "flip works across samples"),
         "softmax": (lambda x: x.softmax(0), "softmax works across samples"),
         "cumsum": (lambda x: x.cumsum(0), "cumsum works across samples"),
-        "reordered": (lambda x: x[torch.arange(x.shape[0]) * 2 % x.shape[0]], "samples are reordered"),
-        "index_select": (
-            lambda x: x.index_select(0, torch.arange(x.shape[0]) * 2 % x.shape[0]),
-            "samples are reordered",
+        "reordered, some of them": (lambda x: x[torch.arange(x.shape[0] - 1)], "samples are reordered"),
+        "reordered and not": (lambda x: x + x[torch.randperm(x.shape[0])], "samples meet on different axes"),
+        "reordered twice": (
+            lambda x: x[torch.randperm(x.shape[0])] + x[torch.randperm(x.shape[0])],
+            "samples meet on different axes",
         ),
-        "backwards": (lambda x: x[torch.arange(x.shape[0] - 1, -1, -1)], "samples are reordered"),
         "masked": (lambda x: x[x[:, 0, 0] > 0], "mask"),
         "end to end": (lambda x: torch.cat([x, x.new_ones(2, 3, 5)]), "end to end"),
         "piece of several": (lambda x: torch.cat([x, x])[: x.shape[0] + 1], "samples are cut apart"),
