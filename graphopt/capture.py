@@ -187,14 +187,14 @@ def set_sample_axis(tensor: Tensor, axis: int | None) -> None:
 
 
 @contextmanager
-def capture_settings() -> Iterator[None]:
+def capture_settings(has_passes: bool = True) -> Iterator[None]:
     """How Dynamo traces what graphopt captures; it wants to be told the same at every call.
 
     Hooks that are registered later must be seen: by default Dynamo does not guard on them. Passes need whole graphs: by default
     Dynamo splits those of a DistributedDataParallel at the edges of its buckets, and breaks off at recurrent layers and where
-    ``torch.nn.Transformer`` reads a mask.
+    ``torch.nn.Transformer`` reads a mask. Without passes recurrent layers stay outside, where torch runs them fastest.
     """
-    settings = {"skip_nnmodule_hook_guards": False, "optimize_ddp": False, "allow_rnn": True}
+    settings = {"skip_nnmodule_hook_guards": False, "optimize_ddp": False, "allow_rnn": has_passes}
     with torch._dynamo.config.patch(settings), opaque_layers(), _compat.unread_masks():
         yield
 
