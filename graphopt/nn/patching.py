@@ -13,8 +13,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from graphopt.errors import OptionError
 from graphopt.nn.mirror import is_mirror
-from graphopt.nn.truegrad_parameter import TrueGradParameter, enlist
+from graphopt.nn.truegrad_parameter import TrueGradParameter, enlist, is_enlisted
 from graphopt.passes import TrueGrad
+from graphopt.runtime.statistics import Statistic
 from graphopt.transform import is_transformed, restore, setup_of, transform
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -108,3 +109,10 @@ def _can_be_patched(model: nn.Module) -> bool:
 
 def _is_patched(model: nn.Module) -> bool:
     return setup_of(model) is _setups.get(model)
+
+
+def _by_patched(param: torch.Tensor) -> bool:
+    return is_enlisted(param, _is_patched)
+
+
+Statistic.apart.append(_by_patched)

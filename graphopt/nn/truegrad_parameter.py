@@ -26,6 +26,11 @@ def enlist(param: nn.Parameter, module: nn.Module, still_serves: Serves) -> None
     _owners[param] = [*owners, (weakref.ref(module), still_serves)]
 
 
+def is_enlisted(param: Any, still_serves: Serves) -> bool:
+    """Whether a module that was enlisted with this function serves the parameter."""
+    return any(entry[1] is still_serves and _is_alive(entry) for entry in _owners.get(param, ()))
+
+
 class _ByTable(type(nn.Parameter)):  # type: ignore[misc]  # torch's own metaclass, which has no stub
     """Instances are looked up."""
 

@@ -19,6 +19,7 @@ from graphopt import _compat
 from graphopt.annotations import SAMPLE_GRAD_NORM, SUM_POSITION_GRAD_SQUARED, Key, clear, publish, reconcile
 
 EAGER_CALL = "graphopt.nn: "  # how the names of calls begin that were not captured together with the rest of the model
+PATCHED_CALL = "graphopt.patch_model: "
 
 _statistics: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _running: dict[int, list[Statistic]] = {}  # backward pass -> what it has touched so far
@@ -30,9 +31,12 @@ class Statistic:
     Attributes:
         kinds: functions that say which subclass serves a parameter, or ``None``: `graphopt.runtime.data_parallel` and
             `graphopt.runtime.fully_sharded` add theirs.
+        apart: functions that say whether a parameter may be used by one call only in a backward pass, even if all calls are of
+            one graph: `graphopt.nn.patching` adds its own, since a patched module may be any part of a model.
     """
 
     kinds: ClassVar[list[Callable[[Tensor], type[Statistic] | None]]] = []
+    apart: ClassVar[list[Callable[[Tensor], bool]]] = []
 
     def __init__(self, param: Tensor) -> None:
         self._param = weakref.ref(param)
@@ -94,7 +98,7 @@ class Statistic:
             self._grad_before = (grad, grad._version if grad is not None else 0)
             _running.setdefault(task, []).append(self)
         self._entered += num_samples
-        self._frames.add(frame)
+        self._frames.add(f"{PATCHED_CALL}{call}" if any(holds(param) for holds in self.apart) else frame)
         if norms is not None:
             self._entered_norms.append((call, norms))
 
@@ -235,6 +239,13 @@ def _squared_too_early(param: Tensor, frames: set[str]) -> str:
             "each of which squared its own contributions before they were added: the sum is not exact. Use "
             "graphopt.transform(model) or graphopt.patch_model(model), which see all uses of a parameter, or call backward() for "
             "each call by itself"
+        )
+    if any(frame.startswith(PATCHED_CALL) for frame in frames):
+        return (
+            f"a parameter of shape {shape}, served by graphopt.patch_model, was used by {len(frames)} calls of graphs within one "
+            "backward pass, each of which squared its own contributions before they were added: the sum is exact only if no "
+            "two calls saw the same samples. Patch the model that makes the calls, call backward() for each of them, or, if they "
+            "saw different samples, use graphopt.transform(model)"
         )
     return (
         f"a parameter of shape {shape} is used on both sides of a graph break, so its per-sample "

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import graphopt
 from graphopt import patch_model, patch_torch
 from graphopt.annotations import NUM_SAMPLES, SUM_GRAD_SQUARED, find
-from graphopt.errors import OptionError, UnsupportedError
+from graphopt.errors import OptionError, StaleAnnotation, UnsupportedError
 from graphopt.nn import TrueGradParameter
 from tests.nn.cases import N, rand, total
 from tests.oracle import loop_over_samples
@@ -114,6 +114,24 @@ def test_every_module_by_itself():
     assert all(isinstance(param, TrueGradParameter) for param in model.parameters())
     step(model, x)
     assert_exact(model, expected)
+
+
+def test_a_patched_part_that_is_used_twice_is_an_error_when_read():
+    part, x = nn.Linear(3, 3).double(), rand(N, 3)
+    model = nn.Sequential(part, nn.Tanh(), part)
+    expected = loop_over_samples(model, (x,), total, reduction="sum")
+    patch_model(part)
+    step(model, x)
+    with pytest.raises(
+        StaleAnnotation, match=r"served by graphopt\.patch_model, was used by 2 calls.*Patch the model that makes"
+    ):
+        find(part.weight, SUM_GRAD_SQUARED)
+    step(patch_model(model), x)
+    assert_exact(model, expected)
+    graphopt.restore(part), graphopt.restore(model).zero_grad()
+    graphopt.transform(part, compiler="eager")
+    (total(part(x[:2])) + total(part(x[2:]))).backward()  # different samples, as the user knows
+    assert find(part.weight, NUM_SAMPLES) == N
 
 
 def test_a_module_without_parameters_is_left_alone():
