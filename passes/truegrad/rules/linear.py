@@ -160,6 +160,8 @@ def find_operands(node: Node) -> _Operands | Declined:
         if any(node.kwargs.get(scale, 1) != 1 for scale in ("alpha", "beta")):
             return Declined("addmm with alpha or beta")
         return _Operands(args[1], args[2], args[0], transposed=True)
+    if node.target not in (aten.mm.default, aten.matmul.default):
+        return Declined("it is not a linear layer")
     if args[1].meta["val"].ndim != 2 or args[0].meta["val"].ndim < 2:
         return Declined("its parameter is not a matrix")
     return _Operands(args[0], args[1], None, transposed=True)
