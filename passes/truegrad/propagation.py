@@ -197,9 +197,8 @@ def _is_view(node: Node) -> bool:
 
 def _is_written_to(node: Node) -> bool:
     """Whether an operator writes in place into a value, or into a view of it."""
-    return any(
-        (_writes(user) and user.args[0] is node) or (_is_view(user) and _is_written_to(user)) for user in node.users
-    )
+    users = [user for user in node.users if isinstance(user.target, torch._ops.OpOverload)]
+    return any((_writes(user) and user.args[0] is node) or (_is_view(user) and _is_written_to(user)) for user in users)
 
 
 def _is_tensor(node: Node) -> bool:
