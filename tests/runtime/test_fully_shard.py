@@ -347,6 +347,84 @@ def test_checkpointed(ranks, reentrant):
     ranks(checkpointed, reentrant)
 
 
+class SequenceFirst(nn.Module):
+    """(T, B, 3), from which one block and the head compute (T, B, 2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(3, 4)])
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x, table):
+        return self.head((self.blocks[0](x) + table).tanh())
+
+
+def sample_axis(rank, option):
+    """The axis is known to every part: FSDP's hooks replace the tensors that go from one to the next."""
+    torch.manual_seed(1)
+    plain, model = SequenceFirst().double(), SequenceFirst().double()
+    model.load_state_dict(plain.state_dict())
+    transformed(shard(model), options={"sample_axis": option})
+    generator = torch.Generator().manual_seed(0)
+    x, table = torch.randn(5, 4, 3, generator=generator).double(), torch.randn(5, 1, 4, generator=generator).double()
+    (model(x[:, 2 * rank : 2 * rank + 2], table) ** 2).sum().backward()
+    reference = from_losses(plain, ((plain(x[:, n : n + 1], table) ** 2).sum() / WORLD for n in range(4)))
+    for name, param in model.named_parameters():
+        found = find(param, SUM_GRAD_SQUARED).full_tensor()
+        torch.testing.assert_close(found, reference[name].sum_grad_squared, msg=lambda t, n=name: f"{n}: {t}", **EXACT)
+        assert find(param, NUM_SAMPLES) == 4, name
+
+
+@pytest.mark.parametrize("option", [1, {"x": 1, "table": None}], ids=str)
+def test_sample_axis(ranks, option):
+    ranks(sample_axis, option)
+
+
+def huggingface(rank):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=17,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        use_cache=False,
+        attn_implementation="eager",
+    )
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(1)
+    plain = transformers.LlamaForCausalLM(config).double().train()
+    model = transformers.LlamaForCausalLM(config).double().train()
+    model.load_state_dict(plain.state_dict())
+    for layer in model.model.layers:
+        fully_shard(layer)
+    transformed(fully_shard(model))
+    parts = [torch.randint(17, (2 + r, 4), generator=torch.Generator().manual_seed(r)) for r in range(WORLD)]
+
+    def loss(model, ids):
+        return (model(ids).logits * torch.arange(17)).sin().sum()
+
+    loss(model, parts[rank]).backward()
+    reference = from_losses(plain, (loss(plain, row[None]) / WORLD for ids in parts for row in ids))
+    for name, param in model.named_parameters():
+        found = find(param, SUM_GRAD_SQUARED)
+        assert found is not None, name
+        torch.testing.assert_close(
+            found.full_tensor(),
+            reference[name].sum_grad_squared,
+            rtol=1e-8,
+            atol=1e-12,
+            msg=lambda t, n=name: f"{n}: {t}",
+        )
+        assert find(param, NUM_SAMPLES) == 5, name
+
+
+def test_huggingface(ranks):
+    ranks(huggingface)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------------
 
 
