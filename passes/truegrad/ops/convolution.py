@@ -199,19 +199,17 @@ def _by_patches(rows: Tensor, image: Tensor, kernel: Sequence[int], geometry: Ge
     width = math.prod(kernel) * image.shape[2]
     per_sample = images * math.prod(positions) * width
     chunk = _chunk(rows, max(per_sample, outputs * width))
+    step = positions[0]
+    if chunk == 1:  # patches of even one sample may be too many: a few lines of positions at a time
+        step = max(1, min(step, _budget(rows) * step // max(1, per_sample)))
+    windows = _Windows(image, kernel, positions, geometry, chunk, step)
     for start in range(0, num, chunk):
-        windows = _windows(image[start : start + chunk].flatten(0, 1), kernel, positions, geometry)
         some = rows[start : start + chunk].movedim(2, -1)
         some = some.reshape(len(some), images, *positions, outputs)
-        step = positions[0]
-        if chunk == 1:  # patches of even one sample may be too many: a few lines of positions at a time
-            step = max(1, min(step, _budget(rows) * step // max(1, per_sample)))
+        windows.load(image[start : start + chunk].flatten(0, 1))
         total: list[Tensor] = []
         for line in range(0, positions[0], step):
-            patches = windows[:, line : line + step]
-            patches = patches.reshape(len(some), -1, width)
-            if math.prod(kernel) > 1:  # windows overlap, which no product accepts
-                patches = patches.contiguous()
+            patches = windows.patches(line).reshape(len(some), -1, width)
             parts = _multiply(some[:, :, line : line + step].reshape(len(some), -1, outputs), patches)
             total = [a.add_(b) for a, b in zip(total, parts, strict=True)] if total else list(parts)
         for products in total:
@@ -219,30 +217,50 @@ def _by_patches(rows: Tensor, image: Tensor, kernel: Sequence[int], geometry: Ge
             start += len(products)
 
 
-def _windows(image: Tensor, kernel: Sequence[int], positions: Sequence[int], geometry: Geometry) -> Tensor:
-    """(B, C, *places) -> (B, *positions, *kernel, C), a view of the padded image with its channels last."""
-    places = image.movedim(1, -1)
-    padding = geometry.padding
-    # A transposed convolution whose output padding reaches beyond the last window needs no more places than it has.
-    if any(padding):
-        padded = image.new_zeros(
-            (len(image), *(size + 2 * p for size, p in zip(places.shape[1:-1], padding, strict=True)), image.shape[1])
-        )
-        inside = padded
-        for axis, (size, p) in enumerate(zip(places.shape[1:-1], padding, strict=True)):
-            inside = inside.narrow(1 + axis, p, size)
-        inside.copy_(places)
-        places = padded
-    elif math.prod(kernel) > 1:
-        places = places.contiguous()
-    first, *steps, last = places.stride()
-    strides = [
-        first,
-        *(step * s for step, s in zip(steps, geometry.stride, strict=True)),
-        *(step * d for step, d in zip(steps, geometry.dilation, strict=True)),
-        last,
-    ]
-    return places.as_strided((len(image), *positions, *kernel, image.shape[1]), strides)
+class _Windows:
+    """Patches of a few images at a time, in memory that all of them share: fresh memory would cost more than the copies."""
+
+    def __init__(
+        self,
+        image: Tensor,
+        kernel: Sequence[int],
+        positions: Sequence[int],
+        geometry: Geometry,
+        chunk: int,
+        step: int,
+    ) -> None:
+        channels, places = image.shape[2], image.shape[3:]
+        self.shape, self.geometry, self.step = (*positions, *kernel, channels), geometry, step
+        self.copied = math.prod(kernel) > 1 or any(geometry.padding)
+        if self.copied:
+            images, wide = chunk * image.shape[1], [p + 2 * q for p, q in zip(places, geometry.padding, strict=True)]
+            self.padded = image.new_zeros((images, *wide, channels))
+            self.inside = self.padded
+            for axis, (size, padding) in enumerate(zip(places, geometry.padding, strict=True)):
+                self.inside = self.inside.narrow(1 + axis, padding, size)
+            self.memory = image.new_empty(images * step * math.prod(self.shape[1:]))
+
+    def load(self, images: Tensor) -> None:
+        """Take the next images, (B, C, *places)."""
+        places = images.movedim(1, -1)
+        if self.copied:
+            self.inside[: len(images)].copy_(places)
+            places = self.padded[: len(images)]
+        first, *steps, last = places.stride()
+        strides = [
+            first,
+            *(step * s for step, s in zip(steps, self.geometry.stride, strict=True)),
+            *(step * d for step, d in zip(steps, self.geometry.dilation, strict=True)),
+            last,
+        ]
+        self.windows = places.as_strided((len(images), *self.shape), strides)
+
+    def patches(self, line: int) -> Tensor:
+        """(B, lines, *positions, *kernel, C), from that line of positions on."""
+        found = self.windows[:, line : line + self.step]
+        if not self.copied:  # a kernel of one place: no two windows overlap, and products accept them as they are
+            return found
+        return self.memory[: found.numel()].view(found.shape).copy_(found)
 
 
 def _multiply(rows: Tensor, patches: Tensor) -> Iterator[Tensor]:
