@@ -198,7 +198,7 @@ def _joined(node: Node, value: Tensor, known: Known, dim: int) -> Layout:
         return found.pop()
     # The outer repetitions of the parts follow one another.
     parts = [layout for layout in layouts if isinstance(layout, SampleAxis) and layout.axis == dim]
-    if len(parts) == len(layouts) and len({(part.num, part.inner) for part in parts}) == 1:
+    if len(parts) == len(layouts) and len({(part.num, part.inner, part.order) for part in parts}) == 1:
         return replace(parts[0].at(dim), outer=cast(Size, sum(part.outer for part in parts)))
     return Lost(node, "samples are joined end to end")
 
