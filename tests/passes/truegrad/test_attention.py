@@ -167,6 +167,7 @@ def test_encoder_with_padding(training):
     check(Padded(nn.TransformerEncoder(layer(), 2)).train(training), (rows(), padding()))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_encoder_in_eval_mode_without_gradients():
     model = Padded(nn.TransformerEncoder(layer(), 2)).eval()
     inputs = rows(), padding()
