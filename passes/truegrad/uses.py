@@ -45,6 +45,12 @@ _NO_GRADIENT = frozenset(
 )  # fmt: skip
 
 
+_OLD_WEIGHT_NORM = (
+    "the hook of torch.nn.utils.weight_norm leaves the weight on the module, where it could be used again without samples. Use "
+    "torch.nn.utils.parametrizations.weight_norm, which computes the same"
+)
+
+
 @dataclass(frozen=True)
 class Chain:
     """A value that is a view of one parameter."""
@@ -164,6 +170,8 @@ def _check_writes(uses: Uses, layouts: Layouts, node: Node, values: list[Node]) 
 
 def _escape(uses: Uses, values: list[Node]) -> None:
     for value in values:
+        if value.target is aten._weight_norm.default:
+            uses.problems.update(dict.fromkeys(uses.params[value], _OLD_WEIGHT_NORM))
         for param in uses.params[value]:
             uses.problems.setdefault(
                 param,
