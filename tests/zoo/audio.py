@@ -16,7 +16,7 @@ _WAVES: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-@case(FAMILY, rows(60, name="input_values"))
+@case(FAMILY, rows(60, name="input_values"), fallback=("*.parametrizations.weight.*",), graphs=4)
 def wav2vec2() -> nn.Module:
     """Convolutions over the wave, weight norm on the convolution of positions."""
     from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
@@ -24,14 +24,14 @@ def wav2vec2() -> nn.Module:
     return Wav2Vec2ForCTC(Wav2Vec2Config(**_WAVES))
 
 
-@case(FAMILY, rows(60, name="input_values"))
+@case(FAMILY, rows(60, name="input_values"), fallback=("*.parametrizations.weight.*",), graphs=4)
 def hubert() -> nn.Module:
     from transformers import HubertConfig, HubertForCTC
 
     return HubertForCTC(HubertConfig(**_WAVES, feat_extract_norm="layer", do_stable_layer_norm=True))
 
 
-@case(FAMILY, rows(12, 8, name="input_values"))
+@case(FAMILY, rows(12, 8, name="input_values"), fallback=("*_token", "*.position_embeddings"))
 def audio_spectrogram_transformer() -> nn.Module:
     from transformers import ASTConfig, ASTForAudioClassification
 

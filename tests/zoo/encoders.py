@@ -39,7 +39,7 @@ def electra() -> nn.Module:
     return ElectraForPreTraining(ElectraConfig(**TINY, embedding_size=6))
 
 
-@case(FAMILY, tokens(mask=True))
+@case(FAMILY, tokens(mask=True), fallback=("*.albert_layers.0.attention.[qkvd]*.weight", "*.ffn*.weight"))
 def albert() -> nn.Module:
     """One layer for all depths."""
     from transformers import AlbertConfig, AlbertForSequenceClassification
@@ -66,7 +66,7 @@ def distilbert() -> nn.Module:
     )
 
 
-@case(FAMILY, tokens(mask=True))
+@case(FAMILY, tokens(mask=True), fallback=("*.query_proj.weight", "*.key_proj.weight", "*.rel_embeddings.weight"))
 def deberta_v2() -> nn.Module:
     """Content and positions attend to each other through shared projections."""
     from transformers import DebertaV2Config, DebertaV2ForTokenClassification
@@ -111,7 +111,7 @@ def modernbert() -> nn.Module:
     )
 
 
-@case(FAMILY, tokens())
+@case(FAMILY, tokens(), unused=("fnet.pooler.*",))
 def fnet() -> nn.Module:
     """Fourier transforms in place of attention."""
     from transformers import FNetConfig, FNetForMaskedLM
@@ -120,7 +120,7 @@ def fnet() -> nn.Module:
     return FNetForMaskedLM(FNetConfig(**kept, max_position_embeddings=16, hidden_dropout_prob=0.0, pad_token_id=0))
 
 
-@case(FAMILY, tokens())
+@case(FAMILY, tokens(), fallback=("*.r_[rw]_bias",), unused=("*.r_s_bias", "*.seg_embed", "*.mask_emb"))
 def xlnet() -> nn.Module:
     """Sequence first inside: (T, B, D)."""
     from transformers import XLNetConfig, XLNetLMHeadModel

@@ -172,7 +172,7 @@ def gan_generator() -> nn.Module:
     )  # fmt: skip
 
 
-@case(FAMILY, batch)
+@case(FAMILY, batch, fallback=("*.weight.original",))
 def spectral_normed_discriminator() -> nn.Module:
     """Weights divided by their largest singular value."""
     norm = nn.utils.parametrizations.spectral_norm

@@ -104,7 +104,7 @@ class _NeuralODE(nn.Module):
         return x
 
 
-@case(FAMILY, rows(4))
+@case(FAMILY, rows(4), fallback=("field.*.weight",))
 def neural_ode() -> nn.Module:
     return _NeuralODE()
 
@@ -120,7 +120,7 @@ class _HyperNetwork(nn.Module):
         return torch.tanh(F.linear(x, self.maker(self.code).view(5, 4)))
 
 
-@case(FAMILY, rows(4))
+@case(FAMILY, rows(4), fallback=("maker.weight",))
 def hyper_network() -> nn.Module:
     return _HyperNetwork()
 

@@ -60,7 +60,7 @@ class _CellByCell(nn.Module):
         return self.head(hidden)
 
 
-@case(FAMILY, rows(4, 4))
+@case(FAMILY, rows(4, 4), fallback=("cell.weight_*",))
 def lstm_cells() -> nn.Module:
     return _CellByCell()
 
@@ -96,7 +96,7 @@ class _WaveNet(nn.Module):
         return self.head(x)
 
 
-@case(FAMILY, rows(2, 9))
+@case(FAMILY, rows(2, 9), fallback=("*.parametrizations.weight.*",))
 def weight_normed_wavenet() -> nn.Module:
     return _WaveNet()
 
@@ -152,6 +152,6 @@ class _AsManyPositionsAsSamples(nn.Module):
         return self.along(self.across(x.transpose(1, 2)).transpose(1, 2).reshape(-1, 4)).view(x.shape)
 
 
-@case(FAMILY, rows(NUM_SAMPLES, 4))
+@case(FAMILY, rows(NUM_SAMPLES, 4), fallback=("table",))
 def as_many_positions_as_samples() -> nn.Module:
     return _AsManyPositionsAsSamples()

@@ -28,13 +28,13 @@ def _mamba(use_associative_scan: bool) -> nn.Module:
     )
 
 
-@case(FAMILY, tokens())
+@case(FAMILY, tokens(4), fallback=("*.A_log",))
 def mamba() -> nn.Module:
     """The recurrence step by step."""
     return _mamba(use_associative_scan=False)
 
 
-@case(FAMILY, tokens(), dtype=torch.float32)
+@case(FAMILY, tokens(4), dtype=torch.float32, refused={"*": "operator of higher order"})
 def mamba_by_associative_scan() -> nn.Module:
     """The recurrence by an operator of higher order; only when it is compiled, and not with the roundings of the loop."""
     return _mamba(use_associative_scan=True)
@@ -64,7 +64,7 @@ def mamba2() -> nn.Module:
     )
 
 
-@case(FAMILY, tokens())
+@case(FAMILY, tokens(3), fallback=("*.time_mix_*",))
 def rwkv() -> nn.Module:
     from transformers import RwkvConfig, RwkvForCausalLM
 
