@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphopt import _compat
+from graphopt.passes.truegrad.ops import product as product  # registers graphopt::transposed_product
 from graphopt.passes.truegrad.ops import sums as sums  # registers graphopt::sums
 from graphopt.passes.truegrad.ops.registration import decomposition, differentiable
 from graphopt.passes.truegrad.ops.statistics import (
@@ -112,7 +113,10 @@ def bias_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
 def _squares_of_rows(ctx: Any, grad: Tensor, input: Tensor) -> Tensor:
     """(R, O), (R, I) -> sum over rows of the squared outer products, (O, I)."""
     dtype = ctx.square_dtype or torch.promote_types(grad.dtype, torch.float32)
-    squares = grad.square().to(dtype).t() @ input.square().to(dtype)
+    left, right = grad.square().to(dtype), input.square().to(dtype)
+    if dtype == torch.float32 and grad.device.type == "cpu":
+        return torch.ops.graphopt.transposed_product(left, right)
+    squares = left.t() @ right
     return squares.to(torch.promote_types(ctx.dtypes[0], torch.float32))
 
 

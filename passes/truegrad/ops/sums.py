@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from graphopt import _compat
+from graphopt.passes.truegrad import sums_kernel
+from graphopt.passes.truegrad.ops.product import multiply
 
 # Bytes of per-sample gradients that exist at one time: small enough for the second-level cache of a CPU core, and on a GPU
 # large enough to fill it.
@@ -18,13 +20,24 @@ def sums(grad: Tensor, input: Tensor, norms: bool) -> tuple[Tensor, Tensor, Tens
 
     All in at least float32; the norms are empty unless asked for. The per-sample products contain the gradient (their sum), so
     they replace its matmul; squares and sums are what is added. They are taken over a bounded slice of samples at a time, so
-    that no more than that ever exists.
+    that no more than that ever exists: in registers on a GPU that has Triton (`sums_kernel`), one sample at a time in float32 on
+    the CPU, else in products of a few.
     """
+    if sums_kernel.is_profitable(grad, input):
+        return sums_kernel.triton_sums(grad, input, norms)
     num, out_features, in_features = grad.shape[0], grad.shape[2], input.shape[2]
     dtype = torch.promote_types(grad.dtype, torch.float32)
     total = torch.zeros(out_features, in_features, dtype=dtype, device=grad.device)
     squares = torch.zeros_like(total)
     per_sample = torch.zeros(num if norms else 0, dtype=dtype, device=grad.device)
+    if grad.device.type == "cpu" and grad.dtype == torch.float32:
+        for n in range(num):  # a product stays in cache while it is added and squared
+            product_OI = multiply(grad[n], input[n])
+            total.add_(product_OI)
+            squares.addcmul_(product_OI, product_OI)
+            if norms:
+                per_sample[n] = torch.linalg.vector_norm(product_OI).square()
+        return total, squares, per_sample
     size = out_features * in_features
     budget = _CHUNK_BYTES.get(grad.device.type, _CHUNK_BYTES["cuda"])
     chunk = max(1, min(num, budget // max(1, size * grad.element_size())))

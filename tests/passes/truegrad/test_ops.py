@@ -37,6 +37,10 @@ IDS = torch.tensor([[0, 1, 1], [2, 0, 3]])
 
 SAMPLE_INPUTS = {
     "sums": [(torch.randn(4, 3, 2), torch.randn(4, 3, 5), norms) for norms in (False, True)],
+    "transposed_product": [
+        (torch.randn(4, 3), torch.randn(4, 5)),
+        (torch.randn(3, 4).t(), torch.randn(4, 5).double().float()),
+    ],
     "linear": [
         (leaf(4, 3, 5), leaf(2, 5), leaf(2), all_of(4, 2, 5), all_of(4, 2), ALL, 0, 1, 4, 1, False, None),
         (leaf(12, 5), leaf(2, 5), None, [companion(2, 5)], [], "square", 0, 3, 4, 1, False, None),
@@ -64,6 +68,7 @@ SAMPLE_INPUTS = {
     "per_position": [(leaf(3), companion(3), [4, 2, 3]), (leaf(2, 1), companion(2, 1), [4, 2, 3])],
     "position_squares": [(companion(3), torch.randn(3), [4, 2, 3])],
     "with_tangent": [(leaf(3, 2), leaf(3, 2))],
+    "permutation": [(torch.tensor([2, 0, 1]), 3, "here")],
     "collect": [([leaf(2, 5)], [companion(2, 5), companion(4)], "square,norm", PROGRAM, *COLLECTED)],
     "deliver": [(leaf(4, 3, 2), [leaf(4, 3, 2), leaf(4, 3, 5)], [torch.randn(4, 3, 5)])],
     "collected_gradients": [
@@ -73,7 +78,13 @@ SAMPLE_INPUTS = {
 CASES = [
     pytest.param(name, args, id=f"{name}-{i}") for name, cases in SAMPLE_INPUTS.items() for i, args in enumerate(cases)
 ]
-NOT_DIFFERENTIABLE = ("sums", "embedding_sums", "collected_gradients")  # they run inside backward
+NOT_DIFFERENTIABLE = (
+    "sums",
+    "transposed_product",
+    "embedding_sums",
+    "collected_gradients",
+    "permutation",
+)  # they run inside backward
 
 
 def test_every_registered_operator_is_tested():
@@ -82,15 +93,15 @@ def test_every_registered_operator_is_tested():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("graphopt::")
     }
-    assert set(SAMPLE_INPUTS) | set(test_recurrent_ops.SAMPLE_INPUTS) == registered
+    convolutions = {name for name in registered if name.startswith("convolution")}  # in test_convolution.py
+    assert set(SAMPLE_INPUTS) | set(test_recurrent_ops.SAMPLE_INPUTS) | convolutions == registered
 
 
-@pytest.mark.parametrize(("name", "args"), CASES)
+# These checks cannot look into what torch.func wraps; that of the compiled `collect` covers its backward.
+@pytest.mark.parametrize(("name", "args"), [case for case in CASES if case.values[0] != "collected_gradients"])
 def test_opcheck(name, args):
     # test_aot_dispatch_dynamic compares gradients of operators with those of their decompositions: only where there are some.
-    utils = ["test_faketensor"]
-    if name != "collected_gradients":  # the schema check cannot look into what torch.func wraps
-        utils += ["test_schema"]
+    utils = ["test_schema", "test_faketensor"]
     if name not in NOT_DIFFERENTIABLE:
         utils += ["test_autograd_registration"]
     opcheck(getattr(torch.ops.graphopt, name).default, args, test_utils=utils)
