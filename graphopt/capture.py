@@ -181,6 +181,29 @@ def mark_samples(forward: Callable[..., Any], args: Any, kwargs: Any, option: Sa
             _mark(tensor, option, "an input")
 
 
+def count_samples(args: Any, kwargs: Any) -> int | None:
+    """How many samples the marked inputs of a call have; ``None`` if they disagree."""
+    marked = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor) and value in _sample_axes]
+    sizes = {value.shape[axis] for value in marked if (axis := _sample_axes[value]) is not None}
+    shared = sizes - {1} or sizes  # what has one row may belong to all samples
+    return shared.pop() if len(shared) == 1 else None
+
+
+def mark_passed_on(args: Any, kwargs: Any, axis: int, num_samples: int | None) -> None:
+    """Mark what one part of a model hands to the next, where FSDP's hooks or uncaptured operators have made new tensors.
+
+    Such a tensor holds samples if it has as many rows on ``axis`` as the model was given samples, and none if it has one row;
+    of others, and of vectors without gradient (positions), nobody knows.
+    """
+    for value in pytree.tree_leaves((args, kwargs)):
+        if not isinstance(value, Tensor) or value in _sample_axes or not -value.ndim <= axis < value.ndim:
+            continue
+        if value.shape[axis] == num_samples and (value.requires_grad or value.ndim > 1):
+            _mark(value, axis, "an input")
+        elif value.shape[axis] == 1:
+            _mark(value, None, "an input")
+
+
 def set_sample_axis(tensor: Tensor, axis: int | None) -> None:
     """Remember the axis without asking Dynamo for a symbol: what the runtime does with a graph's outputs."""
     _sample_axes[tensor] = axis

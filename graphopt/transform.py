@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import time
@@ -25,8 +26,10 @@ from graphopt.capture import (
     NamedTensors,
     SampleAxisOption,
     capture_settings,
+    count_samples,
     describe_inputs,
     lower,
+    mark_passed_on,
     mark_samples,
     needs_restart,
 )
@@ -184,6 +187,27 @@ class Setup:
         """Whether a pass leaves statistics on parameters."""
         return any(SUM_GRAD_SQUARED in item.provides for item in self.passes)
 
+    def for_units(self) -> Setup:
+        """For the parts of a sharded model: names of the model's arguments mean nothing in them, so there must be one axis.
+
+        Raises:
+            OptionError: ``sample_axis`` names several.
+        """
+        if not isinstance(self.sample_axis, Mapping):
+            return self
+        axes = {axis for axis in self.sample_axis.values() if axis is not None} or {0}
+        if len(axes) > 1:
+            raise OptionError(
+                f"sample_axis={dict(self.sample_axis)!r} names several axes, and a model with fully_shard is compiled in parts "
+                "that pass on tensors without such names. Let all inputs count samples on one axis: options={'sample_axis': 0}"
+            )
+        return dataclasses.replace(self, sample_axis=axes.pop())
+
+    def must_serve(self, name: str, param: nn.Parameter) -> bool:
+        """Whether it is an error if this parameter gets no statistic."""
+        strict = [item for item in self.passes if SUM_GRAD_SQUARED in item.provides and not item.skips_unsupported]
+        return any(getattr(item, "_selects", lambda name, value: True)(name, param) for item in strict)
+
     def rewrite(
         self, graph_module: GraphModule, example_inputs: Sequence[Any], named: NamedTensors | None = None
     ) -> tuple[CapturedGraph | None, Record]:
@@ -270,8 +294,8 @@ def _refuse_distributed(inputs: Sequence[Input], example_inputs: Sequence[Any]) 
     if names:
         raise UnsupportedError(
             f"parameters are DTensors in the graph: {', '.join(names[:10])}. Tensor parallelism (parallelize_module) computes a "
-            "part of each sample on each rank, which TrueGrad does not follow. Use torch.distributed.fsdp.fully_shard instead, or "
-            "transform the model without TrueGrad: graphopt.transform(model, [])"
+            "part of each sample on each rank, which TrueGrad does not follow. Use torch.distributed.fsdp.fully_shard instead, "
+            "or transform the model without TrueGrad: graphopt.transform(model, [])"
         )
 
 
@@ -295,11 +319,11 @@ class _Handle:
         self.records: list[Record] = []
         self._model: nn.Module | None = None
         self._units: list[nn.Module] = []
+        self.num_samples: int | None = None  # of the running call, if the model is compiled in parts
 
     def attach(self, model: nn.Module, *, in_units: bool = False) -> None:
         self.detach(model)
         self._model = model
-        model.__dict__[_HANDLE] = self
         if in_units:
             self._attach_units(model)
             return
@@ -307,7 +331,8 @@ class _Handle:
         def call(*args: Any, **kwargs: Any) -> Any:  # Dynamo skips frames of torch.nn's own classes, but not this one
             return model._call_impl(*args, **kwargs)
 
-        model.__dict__["_compiled_call_impl"] = _entry(model, self._compile(model, call), self)
+        model.__dict__[_HANDLE] = self
+        model.__dict__["_compiled_call_impl"] = _entry(model, self._compile(model, call, self.setup), self)
 
     def _attach_units(self, model: nn.Module) -> None:
         """Compile the parts of a sharded model; FSDP's hooks run between them, as they were written."""
@@ -315,12 +340,15 @@ class _Handle:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.setup.passes:
                 mark_samples(type(model).forward.__get__(model), args, kwargs, self.setup.sample_axis)
+                self.num_samples = count_samples(args, kwargs)
             return model._call_impl(*args, **kwargs)
 
-        for _, unit in fully_sharded.units(model):
-            compiled = self._compile(model, _call_of(unit.forward))
-            unit.__dict__["forward"] = _entry(unit, compiled, self, is_unit=True)
+        setup = self.setup.for_units()
+        for _, unit in fully_sharded.units(model, setup.must_serve):
+            compiled = self._compile(model, _call_of(unit.forward), setup)
+            unit.__dict__["forward"] = _entry(unit, compiled, self, is_unit=True, axis=setup.sample_axis)
             self._units.append(unit)
+        model.__dict__[_HANDLE] = self
         model.__dict__["_compiled_call_impl"] = call
 
     def detach(self, model: nn.Module) -> None:
@@ -330,16 +358,16 @@ class _Handle:
             unit.__dict__.pop("forward", None)
         self._units = []
 
-    def _compile(self, model: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _compile(self, model: nn.Module, call: Callable[..., Any], setup: Setup) -> Callable[..., Any]:
         def compile_one(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-            return self.setup.compile(graph_module, example_inputs, NamedTensors.of(model), self.records.append)
+            return setup.compile(graph_module, example_inputs, NamedTensors.of(model), self.records.append)
 
         functools.update_wrapper(compile_one, backend)
         return torch.compile(
             with_own_code(cast(types.FunctionType, call)),
             backend=compile_one,
             dynamic=self.dynamic,
-            fullgraph=self.setup.fullgraph,
+            fullgraph=setup.fullgraph,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Handle:
@@ -357,7 +385,12 @@ class _Handle:
 
 
 def _entry(
-    model: nn.Module, compiled: Callable[..., Any], handle: _Handle, *, is_unit: bool = False
+    model: nn.Module,
+    compiled: Callable[..., Any],
+    handle: _Handle,
+    *,
+    is_unit: bool = False,
+    axis: SampleAxisOption = 0,
 ) -> Callable[..., Any]:
     """The function that ``model(...)`` calls, or the ``forward`` of a part of a sharded model."""
     warned, called, setup = False, False, handle.setup
@@ -369,6 +402,8 @@ def _entry(
             handle.attach(model, in_units=True)  # fully_shard came after transform
             return model(*args, **kwargs)
         called = True
+        if setup.passes and is_unit and isinstance(axis, int):
+            mark_passed_on(args, kwargs, axis, handle.num_samples)
         if setup.passes and not is_unit:
             mark_samples(model.forward, args, kwargs, setup.sample_axis)
         if setup.has_statistics:

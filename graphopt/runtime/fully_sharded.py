@@ -21,7 +21,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast, final
 
 import torch
@@ -51,14 +51,17 @@ def was_sharded(model: nn.Module, *, look_inside: bool) -> bool:
     return _is_loaded() and (is_sharded(model) if look_inside else _state_of(model) is not None)
 
 
-def units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def units(
+    model: nn.Module, must_serve: Callable[[str, nn.Parameter], bool] = lambda name, param: True
+) -> list[tuple[str, nn.Module]]:
     """The modules that are captured by themselves, with their names: the largest that have no sharded module inside.
 
     Args:
         model: a model with sharded modules.
+        must_serve: whether it is an error if a parameter gets no statistic, by name and parameter.
 
     Raises:
-        UnsupportedError: a trainable parameter belongs to a module that also runs sharded modules; no graph would see it.
+        UnsupportedError: such a parameter belongs to a module that also runs sharded modules; no graph would see it.
     """
     outer = {
         ancestor
@@ -69,17 +72,21 @@ def units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     modules = dict(model.named_modules())
     for name in outer:
         for parameter_name, parameter in modules[name].named_parameters(recurse=False):
-            if parameter.requires_grad:
+            full_name = ".".join(filter(None, [name, parameter_name]))
+            if parameter.requires_grad and must_serve(full_name, parameter):
                 raise UnsupportedError(
-                    f"{'.'.join(filter(None, [name, parameter_name]))} is a parameter of {type(modules[name]).__name__} itself, "
+                    f"{full_name} is a parameter of {type(modules[name]).__name__} itself, "
                     "whose forward runs modules with fully_shard in between, so no captured graph uses it. Move the parameter "
                     "into a module of its own, or apply fully_shard to the whole model only, or leave it out: "
-                    f"TrueGrad(where=lambda name: name != {parameter_name!r})"
+                    f"TrueGrad(where=lambda name, parameter: name != {full_name!r})"
                 )
-    for name, module in modules.items():
-        parent = name.rpartition(".")[0] if name else None
-        if name not in outer and (parent is None or parent in outer) and any(True for _ in module.parameters()):
-            yield name, module
+    return [
+        (name, module)
+        for name, module in modules.items()
+        if name not in outer
+        and (not name or name.rpartition(".")[0] in outer)
+        and any(True for _ in module.parameters())
+    ]
 
 
 def check(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import graphopt
 from graphopt.annotations import NUM_SAMPLES, SUM_GRAD_SQUARED, find
-from graphopt.errors import StaleAnnotation, UnsupportedError
+from graphopt.errors import OptionError, StaleAnnotation, UnsupportedError
 from graphopt.passes import TrueGrad
 from tests.oracle import from_losses
 from tests.runtime import processes
@@ -445,6 +445,10 @@ def refused(rank, what):
             UnsupportedError, match=r"scale is a parameter of \w*OwnParameter itself.*module of its own"
         ):
             transformed(shard(OwnParameter().double()))
+        passes = [TrueGrad(where=lambda name, parameter: name != "scale")]
+        model = graphopt.transform(shard(OwnParameter().double()), passes, compiler="aot_eager")
+        total(model(batch(2))).backward()
+        assert [name for name, p in model.named_parameters() if find(p, SUM_GRAD_SQUARED) is None] == ["scale"]
         from torch.distributed.fsdp import fully_shard
 
         plain, model = OwnParameter().double(), OwnParameter().double()
@@ -464,6 +468,9 @@ def refused(rank, what):
         model = transformed(parallelize_module(small(), mesh, {"head": ColwiseParallel()}))
         with pytest.raises(UnsupportedError, match=r"DTensors in the graph: head\.weight"):
             model(batch(2))
+    elif what == "axes":
+        with pytest.raises(OptionError, match=r"names several axes.*fully_shard"):
+            transformed(shard(SequenceFirst()), options={"sample_axis": {"x": 1, "table": 0}})
     elif what == "statistics":
         passes = [TrueGrad(statistics=("sum_grad_squared", "sample_grad_norm"))]
         model = graphopt.transform(shard(small()), passes, compiler="aot_eager")
@@ -471,7 +478,7 @@ def refused(rank, what):
             model(batch(2))
 
 
-@pytest.mark.parametrize("what", ["own", "fsdp1", "tensor", "statistics"])
+@pytest.mark.parametrize("what", ["own", "fsdp1", "tensor", "axes", "statistics"])
 def test_refused(ranks, what):
     ranks(refused, what)
 
