@@ -30,6 +30,9 @@ def test_every_model_of_the_zoo():
 
 
 @pytest.mark.parametrize("name", list(cases))
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning"
+)  # what libraries say of their models; test_zoo.py is strict
 def test_outcomes_are_those_that_the_zoo_expects(name):
     row, case = results["zoo"][name], cases[name]
     model = case.build()

@@ -23,6 +23,7 @@ NOT_CAPTURED = "no captured graph"  # the reason of a parameter that no pass has
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings(
     "ignore:Dynamo detected a call to a `functools.lru_cache`",  # transformers asks which packages there are, in forward
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # peft asks transformers for it
     "ignore:enable_nested_tensor is True:UserWarning",  # torch.nn.Transformer says it of its own default
     "ignore::graphopt.errors.UncapturedCall",  # expected of the cases that are refused for it
 )
