@@ -155,8 +155,7 @@ def embedding_bag(node: Node, value: Tensor, known: Known) -> Layout:
     if layout.axis != 0 or inner.as_numer_denom()[1] != 1:
         return Lost(node, "bags cut through samples")
     # Beside the bags, the operator returns what its backward needs; only maxima have a row for each bag.
-    is_row_of_bag = value.ndim > 0 and shape_of(value)[0] == layout.outer * layout.num * inner
-    return replace(layout.at(0), inner=inner) if is_row_of_bag else Lost(node, "numbers that only its backward needs")
+    return replace(layout.at(0), inner=inner) if value.ndim == 2 else Lost(node, "numbers that only its backward needs")
 
 
 def bag_length(node: Node) -> Size | None:

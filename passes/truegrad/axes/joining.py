@@ -44,7 +44,7 @@ def split(node: Node, value: Tensor, known: Known) -> Layout:
     if isinstance(kept, SampleAxis) or not isinstance(layout, SampleAxis):
         return kept
     pieces = [_sets(layout, shape_of(piece)[layout.axis]) for piece in node.meta["val"]]
-    return _whole_sets(layout, value) if None not in pieces else kept
+    return (_whole_sets(layout, value) or kept) if None not in pieces else kept
 
 
 @axis_rule("hsplit", "vsplit", "dsplit")

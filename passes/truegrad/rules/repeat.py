@@ -40,7 +40,8 @@ class _Heads(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         copies = torch.tanh(self.positions).repeat(input.shape[0], 5, 1)
-        return torch.bmm(input.flatten(0, 1), copies.transpose(1, 2)).unflatten(0, input.shape[:2])
+        scores = torch.bmm(input.flatten(0, 1), copies.transpose(1, 2))
+        return scores.view(*input.shape[:2], *scores.shape[1:])
 
 
 SAMPLES = (

@@ -202,5 +202,6 @@ def statuses(model):
 def test_inductor():
     torch.manual_seed(0)
     check(Mixture("batched"), (torch.randn(N, 5, 3),), compiler="inductor")
+    torch._dynamo.reset()
     module, inputs = CLOSED["bag, max, padding"]()
     check(module, inputs, compiler="inductor")
