@@ -75,7 +75,7 @@ SAMPLE_GRAD_NORM: Key[Tensor] = Key(
     name="sample_grad_norm",
     shape="(num_samples,), in the order of the samples; float32, or float64 for float64 parameters",
     unit="gradient",
-    provider='TrueGrad(statistics=("sum_grad_squared", "sample_grad_norm"))',
+    provider="the pass TrueGrad(statistics='sample_grad_norm')",
     doc="The Euclidean norm of each sample's contribution to p.grad.",
     degree=1,
 )
@@ -83,7 +83,7 @@ SUM_POSITION_GRAD_SQUARED: Key[Tensor] = Key(
     name="sum_position_grad_squared",
     shape="that of the parameter; float32, or float64 for float64 parameters",
     unit="gradient squared",
-    provider='TrueGrad(statistics=("sum_grad_squared", "sum_position_grad_squared"))',
+    provider="the pass TrueGrad(statistics='sum_position_grad_squared')",
     doc="The sum over samples and positions of the squared contribution of each position at which the parameter is applied.",
     degree=2,
 )

@@ -50,6 +50,7 @@ class InputKind(Enum):
     PARAMETER = "parameter"
     BUFFER = "buffer"
     SAMPLES = "samples"
+    BETWEEN = "between"  # computed from parameters outside of any graph: nobody knows where its samples are
     CONSTANT = "constant"  # a tensor without samples: a table, a mask that all samples share
     SIZE = "size"  # a SymInt
     COMPANION = "companion"  # added by a pass, bound by the runtime
@@ -183,7 +184,9 @@ def mark_samples(forward: Callable[..., Any], args: Any, kwargs: Any, option: Sa
 
 def count_samples(args: Any, kwargs: Any) -> int | None:
     """How many samples the marked inputs of a call have; ``None`` if they disagree."""
-    marked = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor) and value in _sample_axes]
+    marked = [
+        value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor) and value in _sample_axes
+    ]
     sizes = {value.shape[axis] for value in marked if (axis := _sample_axes[value]) is not None}
     shared = sizes - {1} or sizes  # what has one row may belong to all samples
     return shared.pop() if len(shared) == 1 else None
@@ -240,9 +243,21 @@ def needs_restart(inputs: Sequence[Input], example_inputs: Sequence[Any]) -> boo
 
 
 def describe_inputs(
-    graph_module: GraphModule, example_inputs: Sequence[Any], named: NamedTensors, option: SampleAxisOption = 0
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    named: NamedTensors,
+    option: SampleAxisOption = 0,
+    between: int | None = None,
 ) -> list[Input]:
-    """Say what each placeholder of Dynamo's graph is; reads the real tensors, the fakes know nothing of identity."""
+    """Say what each placeholder of Dynamo's graph is; reads the real tensors, the fakes know nothing of identity.
+
+    Args:
+        graph_module: Dynamo's graph.
+        example_inputs: its inputs.
+        named: the model's tensors, if the model is known.
+        option: where the model's arguments count samples.
+        between: where tensors do that were computed between two graphs; ``None`` if that is not known.
+    """
     described = []
     for node, value in zip(graph_module.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         source = _source(node)
@@ -253,11 +268,26 @@ def describe_inputs(
             described.append(Input(InputKind.PARAMETER, name, requires_grad=value.requires_grad))
         elif id(value) in named.names or (value not in _sample_axes and not _is_argument(source)):
             described.append(Input(InputKind.BUFFER, name, requires_grad=value.requires_grad))
-        else:
+        elif value in _sample_axes or not _is_between(value, named):
             axis = _sample_axes[value] if value in _sample_axes else _default_axis(value, name, option)
             kind = InputKind.CONSTANT if axis is None else InputKind.SAMPLES
             described.append(Input(kind, name, sample_axis=axis, requires_grad=value.requires_grad))
+        elif not value.requires_grad:  # data: whatever its rows are, no gradient of a sample flows through another's
+            described.append(Input(InputKind.CONSTANT, name))
+        elif between is not None:
+            described.append(Input(InputKind.SAMPLES, name, sample_axis=between % value.ndim, requires_grad=True))
+        else:
+            described.append(Input(InputKind.BETWEEN, name, requires_grad=True))
     return described
+
+
+def _is_between(value: Tensor, named: NamedTensors) -> bool:
+    """Whether a tensor that nobody marked was computed between two graphs.
+
+    The arguments of a known model are marked, and so are what its graphs return. Of another (``torch.compile(backend=...)``)
+    nothing is, but its arguments have no history.
+    """
+    return value.ndim > 0 and (bool(named.names) or value.grad_fn is not None)
 
 
 def lower(graph_module: GraphModule, inputs: list[Input]) -> CapturedGraph:

@@ -42,7 +42,7 @@ from graphopt.runtime.bound_graph import BoundGraph, UnboundGraph
 Model = TypeVar("Model", bound=nn.Module)
 
 _HANDLE = "_graphopt"  # where a transformed model keeps its `_Handle`
-_OWN_OPTIONS = ("passes", "compiler", "disable", "sample_axis", "fullgraph")
+_OWN_OPTIONS = ("passes", "compiler", "disable", "sample_axis", "sample_axis_between_graphs", "fullgraph")
 
 _records_of: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> records of the graphs that use it
 
@@ -72,8 +72,9 @@ def transform(
         passes: pass objects or names, in order; the default is `default_passes`; ``[]`` compiles without rewriting.
         compiler: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         dynamic: as in ``torch.compile``. The sample axis is dynamic in any case, so a ragged last batch needs no recompile.
-        options: ``sample_axis`` (int, or argument name to int or ``None``; default 0), ``disable`` (names of passes),
-            ``fullgraph`` (bool), and any setting of ``torch._inductor.config``.
+        options: ``sample_axis`` (int, or argument name to int or ``None``; default 0), ``sample_axis_between_graphs`` (int: where
+            tensors that are computed between two graphs count samples), ``disable`` (names of passes), ``fullgraph`` (bool), and
+            any setting of ``torch._inductor.config``.
 
     Returns:
         ``model``.
@@ -158,6 +159,7 @@ class Setup:
     sample_axis: SampleAxisOption = 0
     fullgraph: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
+    between: int | None = None  # axis of the samples in what is computed between two graphs
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> Setup:
@@ -180,7 +182,10 @@ class Setup:
             raise OptionError(
                 f"sample_axis is {axis!r}; it is an int, None, or a dict from argument name to int or None"
             )
-        return cls(tuple(resolved), compiler, axis, bool(options.get("fullgraph", False)), config)
+        between = options.get("sample_axis_between_graphs")
+        if isinstance(between, bool) or not isinstance(between, int | None):
+            raise OptionError(f"sample_axis_between_graphs is {between!r}; it is an int or None")
+        return cls(tuple(resolved), compiler, axis, bool(options.get("fullgraph", False)), config, between)
 
     @property
     def has_statistics(self) -> bool:
@@ -218,7 +223,7 @@ class Setup:
                 "graphs. Set torch._dynamo.config.optimize_ddp = False before the first call, or use graphopt.transform(model) "
                 "instead of torch.compile(model, backend='graphopt')"
             )
-        inputs = describe_inputs(graph_module, example_inputs, named or NamedTensors(), self.sample_axis)
+        inputs = describe_inputs(graph_module, example_inputs, named or NamedTensors(), self.sample_axis, self.between)
         if self.has_statistics:
             _refuse_distributed(inputs, example_inputs)
         if self.passes and needs_restart(inputs, example_inputs):

@@ -50,7 +50,8 @@ def test_missing():
 
 
 def test_keys_say_what_they_are():
-    assert {key.name for key in KEYS} == {"sum_grad_squared", "num_samples"}
+    further = {"sample_grad_norm", "sum_position_grad_squared", "grad_variance", "grad_snr"}
+    assert {key.name for key in KEYS} == {"sum_grad_squared", "num_samples"} | further
     for key in KEYS:
         assert all((key.shape, key.unit, key.provider, key.doc))
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import graphopt
 from graphopt.annotations import SUM_GRAD_SQUARED, find
-from graphopt.errors import StaleAnnotation, UncapturedCall
+from graphopt.errors import StaleAnnotation, UncapturedCall, UnsupportedError
 
 
 class MLP(nn.Module):
@@ -142,7 +142,7 @@ def test_parameter_on_both_sides_of_a_break_is_reported_until_it_is_cleared():
 
 
 def test_one_sample_across_a_break_is_reported_too():
-    model = transformed(TiedAcrossBreak)
+    model = transformed(TiedAcrossBreak, options={"sample_axis_between_graphs": 0})
     loss(model, data(1, 3)).backward()
     with pytest.raises(StaleAnnotation, match="both sides of a graph break"):
         _ = model.layer.weight.sum_grad_squared
@@ -171,7 +171,10 @@ def test_uncompiled_function_inside_forward(assert_exact):
         def forward(self, x):
             return self.second(self.middle(self.first(x)))
 
-    model, x = transformed(WithDisabled), data(5, 3)
+    x = data(5, 3)
+    with pytest.raises(UnsupportedError, match=r"second\.weight.*between two graphs.*sample_axis_between_graphs"):
+        transformed(WithDisabled)(x)
+    model = transformed(WithDisabled, options={"sample_axis_between_graphs": 0})
     loss(model, x).backward()
     assert_exact(model, loss, x)
 

@@ -33,6 +33,11 @@ from graphopt.passes.truegrad.sample_axis import (
     value_of,
 )
 
+BETWEEN_GRAPHS = (
+    "{name} was computed between two graphs, where nobody follows the samples. Remove the graph break (TORCH_LOGS=graph_breaks "
+    "shows it), or, if the batch's samples lie on one axis of all such tensors, in their order, say which: "
+    "options={{'sample_axis_between_graphs': 0}}"
+)
 _CREATIONS = frozenset("new_zeros new_ones new_empty new_full new_empty_strided".split())
 
 
@@ -68,6 +73,8 @@ class _Propagation:
                 axis, num = samples[position]
                 source = self.sources.setdefault(num, (position, axis))
                 self.layouts[node] = SampleAxis(axis, num, source)
+            elif described.kind is InputKind.BETWEEN:
+                self.layouts[node] = Lost(node, BETWEEN_GRAPHS.format(name=described.name))
             elif described.kind is InputKind.SAMPLES and described.requires_grad:
                 self.layouts[node] = Lost(node, "an input without samples that depends on parameters")
         for node in self.graph.graph_module.graph.nodes:

@@ -125,10 +125,10 @@ class TrueGrad(Pass):
             for described, fake in zip(graph.inputs, graph.fake_inputs, strict=True)
             if described.kind is InputKind.SAMPLES and described.sample_axis is not None
         ]
-        if not samples:
+        if not samples and all(described.kind is not InputKind.BETWEEN for described in graph.inputs):
             return self._without_samples(graph, tracked, rows)
         one = self.per == "sample" and SUM_POSITION_GRAD_SQUARED.name not in self.statistics
-        if one and all(isinstance(size, int) and size == 1 for size in samples):
+        if one and samples and all(isinstance(size, int) and size == 1 for size in samples):
             changed, found = rewrite_single_sample(graph, tracked, self._keys)
             return PassResult(graph, changed, ("one sample: its squared gradient is the statistic",), (*found, *rows))
         return self._rewrite(graph, tracked, rows)

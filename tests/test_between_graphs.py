@@ -1,0 +1,83 @@
+"""Tensors that are computed between two graphs, outside of any: nobody knows where their samples are, so nothing is guessed."""
+
+import pytest
+import torch
+from torch import nn
+
+import graphopt
+from graphopt.annotations import SUM_GRAD_SQUARED, find
+from graphopt.errors import OptionError, UnsupportedError
+from graphopt.passes import TrueGrad
+from tests.oracle import loop_over_samples
+
+
+class Selects(nn.Module):
+    """Rows of several samples, chosen by their values in eager code."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        rows = torch.tanh(self.first(x)).flatten(0, 1)
+        torch._dynamo.graph_break()
+        rows = rows[rows[:, 0] > 0]
+        return self.second(rows)
+
+
+def loss(output):
+    return output.sin().sum()
+
+
+def test_is_refused_by_name():
+    model = graphopt.transform(Selects(), compiler="eager")
+    with pytest.raises(
+        UnsupportedError, match=r"second\.weight: .*computed between two graphs.*sample_axis_between_graphs"
+    ):
+        model(torch.randn(4, 5, 3))
+
+
+def test_what_comes_before_is_exact():
+    model, x = Selects().double(), torch.randn(4, 5, 3).double()
+    expected = loop_over_samples(model, (x,), loss, reduction="sum")
+    graphopt.transform(model, [TrueGrad(unsupported="skip")], compiler="eager")
+    loss(model(x)).backward()
+    for name, param in model.named_parameters():
+        torch.testing.assert_close(param.grad, expected[name].grad)
+        if name.startswith("first"):
+            torch.testing.assert_close(param.sum_grad_squared, expected[name].sum_grad_squared)
+        else:
+            assert find(param, SUM_GRAD_SQUARED) is None
+
+
+class Masked(nn.Module):
+    """A mask that is drawn in eager code, as of wav2vec: data, which belongs to the rows that it lies beside."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.filler = nn.Linear(3, 3), nn.Linear(3, 2), nn.Parameter(torch.randn(3))
+
+    @torch._dynamo.disable
+    def draw(self, x):
+        return torch.arange(x.shape[0] * x.shape[1]).view(x.shape[:2]) % 3 == 0
+
+    def forward(self, x):
+        hidden = torch.tanh(self.first(x))
+        mask = self.draw(x)
+        return self.second(torch.where(mask[..., None], self.filler, hidden))
+
+
+def test_data_between_graphs_is_data():
+    torch.manual_seed(0)
+    model, x = Masked().double(), torch.randn(4, 6, 3).double()  # six positions: each sample's mask is the same
+    expected = loop_over_samples(model, (x,), loss, reduction="sum")
+    graphopt.transform(model, compiler="eager")
+    loss(model(x)).backward()
+    for name, param in model.named_parameters():
+        torch.testing.assert_close(param.sum_grad_squared, expected[name].sum_grad_squared, msg=name)
+        assert param.num_samples == 4
+
+
+def test_option():
+    with pytest.raises(OptionError, match="sample_axis_between_graphs is 'first'; it is an int or None"):
+        graphopt.transform(nn.Linear(2, 2), options={"sample_axis_between_graphs": "first"})
