@@ -264,7 +264,8 @@ def sample_grad_norms(params: Iterable[Tensor]) -> Tensor:
             f"these parameters met different numbers of samples ({sorted({len(norm) for norm in norms})}), so their norms do not "
             "belong to the same samples; pass parameters of one branch at a time"
         )
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), dim=0)
+    joined: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), dim=0)
+    return joined
 
 
 def expose(kind: type[Tensor] = torch.nn.Parameter) -> None:

@@ -104,7 +104,9 @@ class Statistic:
 
     def eager_call(self) -> tuple[str, int] | None:
         """The module that saw the running pass, if it saw nothing else of the model, and how many samples it counted."""
-        names = [frame.removeprefix(EAGER_CALL).rpartition(" ")[0] for frame in self._frames if frame.startswith(EAGER_CALL)]
+        names = [
+            frame.removeprefix(EAGER_CALL).rpartition(" ")[0] for frame in self._frames if frame.startswith(EAGER_CALL)
+        ]
         return (names[0], self._entered) if len(names) == len(self._frames) == 1 else None
 
     def refuse(self, problem: str) -> None:

@@ -226,7 +226,8 @@ class Rewriter:
                     checked = self.editor.call(
                         torch.ops.graphopt.permutation.default, token, self.editor.size(axis.num), describe(token)
                     )
-                token.replace_all_uses_with(checked, delete_user_cb=lambda user, own=checked: user is not own)
+                for user in [user for user in token.users if user is not checked]:
+                    user.replace_input_with(token, checked)
                 self.layouts[checked] = self.layouts[token]
 
     def _plan(self) -> tuple[list[Node], set[Node]]:

@@ -140,7 +140,7 @@ def collected_gradients(
     """The gradients of the parameters, then the statistics of each; arguments as in `collect`, with what arrived in the slots."""
     given = [slot.detach().to(getattr(torch, name)) for slot, name in zip(slots, dtypes.split(","), strict=True)]
     layouts = [tuple(grouping[3 * index : 3 * index + 3]) for index in range(len(given))]
-    rows = [_by_sample(value, *layout, num) for value, layout in zip(given, layouts, strict=True)]
+    rows = [_by_sample(value, layout, num) for value, layout in zip(given, layouts, strict=True)]
     params = [param.detach() for param in params]
     statistics = split(wanted)
     totals = [torch.zeros_like(param, dtype=_wide(param)) for param in params]
@@ -222,11 +222,13 @@ def _one_by_one(
     return [torch.stack(column) for column in zip(*found, strict=True)]
 
 
-def _by_sample(value: Tensor, axis: int, outer: int, inner: int, num: int) -> Tensor:
+def _by_sample(value: Tensor, layout: tuple[int, ...], num: int) -> Tensor:
     """(..., outer * N * inner, ...) -> (N, ..., outer, inner, ...)."""
+    axis, outer, inner = layout
     if axis < 0:
         return value
-    return value.unflatten(axis, (outer, num, inner)).movedim(axis + 1, 0)
+    unfolded: Tensor = value.unflatten(axis, (outer, num, inner))
+    return unfolded.movedim(axis + 1, 0)
 
 
 def _batch_of_one(value: Tensor, layout: tuple[int, ...]) -> Tensor:

@@ -111,7 +111,8 @@ def embedding_backward(ctx: Any, grad: Tensor, owed: Tensor | None = None) -> tu
 
 def _squares_of_positions(ctx: Any, grad: Tensor, indices: Tensor) -> Tensor:
     rows, flat = wide(grad).square().reshape(-1, grad.shape[-1]), indices.reshape(-1)
-    return torch.ops.aten.embedding_dense_backward.default(rows, flat, ctx.num_rows, ctx.padding_idx, False)
+    backward = torch.ops.aten.embedding_dense_backward.default
+    return cast(Tensor, backward(rows, flat, ctx.num_rows, ctx.padding_idx, False))
 
 
 differentiable(embedding, _fake, embedding_setup, embedding_backward)

@@ -115,7 +115,7 @@ def _squares_of_rows(ctx: Any, grad: Tensor, input: Tensor) -> Tensor:
     dtype = ctx.square_dtype or torch.promote_types(grad.dtype, torch.float32)
     left, right = grad.square().to(dtype), input.square().to(dtype)
     if dtype == torch.float32 and grad.device.type == "cpu":
-        return torch.ops.graphopt.transposed_product(left, right)
+        return cast(Tensor, torch.ops.graphopt.transposed_product(left, right))
     squares = left.t() @ right
     return squares.to(torch.promote_types(ctx.dtypes[0], torch.float32))
 

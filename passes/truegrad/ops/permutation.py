@@ -17,8 +17,9 @@ def permutation(index: Tensor, num: int, where: str) -> Tensor:
     """
     if index.remainder(num).unique().numel() != num:
         raise UnsupportedError(
-            f"samples are selected by an index that names some of them several times, at {where}: which rows belong to "
-            "one sample is not known beforehand. Select in front of the model, or use TrueGrad(where=...) for the parameters before it"
+            f"samples are selected by an index that names some of them several times, at {where}: which rows belong to one "
+            "sample is not known beforehand. Select in front of the model, or leave out the parameters that follow: "
+            "TrueGrad(where=...)"
         )
     return index.clone()
 
