@@ -29,5 +29,9 @@ class StaleAnnotation(GraphoptError, RuntimeError):
     """``p.grad`` was changed in a way that its annotations cannot follow, so the pair no longer belongs together."""
 
 
+class UncapturedParameter(UserWarning):
+    """A parameter got a gradient outside any captured graph, so it has no statistics: the text names it."""
+
+
 class UncapturedCall(UserWarning):
     """A call of a transformed model ran outside any captured graph: right results, but no pass had any effect."""

@@ -8,12 +8,12 @@ import functools
 import time
 import types
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -34,10 +34,11 @@ from graphopt.capture import (
     needs_restart,
 )
 from graphopt.compilation import check_compiler, compile_graph, compile_unlowered
-from graphopt.errors import GraphoptError, OptionError, UncapturedCall, UnsupportedError
+from graphopt.errors import GraphoptError, OptionError, UncapturedCall, UncapturedParameter, UnsupportedError
 from graphopt.pipeline import Coverage, Pass, Record, Status, resolve_passes, run_passes
 from graphopt.runtime import data_parallel, fully_sharded
 from graphopt.runtime.bound_graph import BoundGraph, UnboundGraph
+from graphopt.runtime.statistics import Statistic
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -389,6 +390,27 @@ class _Handle:
         return f"_Handle(passes={[item.name for item in self.setup.passes]}, {len(self.records)} graphs)"
 
 
+def _watch(model: nn.Module, known: Collection[str]) -> None:
+    """Warn when a parameter that no graph knows gets a gradient after all."""
+    handles: list[Any] = []
+
+    def warn(param: Tensor, name: str) -> None:
+        for handle in handles:
+            handle.remove()
+        if Statistic.name_in_graph(param) is None:
+            warnings.warn(
+                f"{name} of {type(model).__name__} has a gradient but no statistics: it was used outside any captured graph, as "
+                "functions under torch.compiler.disable, packed sequences and code behind some graph breaks are (TORCH_LOGS="
+                "graph_breaks). graphopt.Report.of(model) lists all such parameters",
+                UncapturedParameter,
+                stacklevel=2,
+            )
+
+    for name, param in model.named_parameters():
+        if param.requires_grad and param.is_leaf and name not in known and Statistic.name_in_graph(param) is None:
+            handles.append(param.register_post_accumulate_grad_hook(functools.partial(warn, name=name)))
+
+
 def _entry(
     model: nn.Module,
     compiled: Callable[..., Any],
@@ -398,11 +420,11 @@ def _entry(
     axis: SampleAxisOption = 0,
 ) -> Callable[..., Any]:
     """The function that ``model(...)`` calls, or the ``forward`` of a part of a sharded model."""
-    warned, called, setup = False, False, handle.setup
+    warned, called, watched, setup = False, False, False, handle.setup
 
     @torch._dynamo.disable(recursive=False)  # type: ignore[untyped-decorator]
     def entry(*args: Any, **kwargs: Any) -> Any:
-        nonlocal warned, called
+        nonlocal warned, called, watched
         if not is_unit and fully_sharded.was_sharded(model, look_inside=not called):
             handle.attach(model, in_units=True)  # fully_shard came after transform
             return model(*args, **kwargs)
@@ -431,6 +453,9 @@ def _entry(
                 UncapturedCall,
                 stacklevel=2,
             )
+        elif setup.has_statistics and not is_unit and not watched and torch.is_grad_enabled():
+            watched = True
+            _watch(model, {row.name for record in handle.records for row in record.coverage})
         return outputs
 
     return cast(Callable[..., Any], entry)

@@ -6,7 +6,7 @@ from torch import nn
 
 import graphopt
 from graphopt.annotations import SUM_GRAD_SQUARED, find
-from graphopt.errors import OptionError, UnsupportedError
+from graphopt.errors import OptionError, UncapturedParameter, UnsupportedError
 from graphopt.passes import TrueGrad
 from tests.oracle import loop_over_samples
 
@@ -81,3 +81,36 @@ def test_data_between_graphs_is_data():
 def test_option():
     with pytest.raises(OptionError, match="sample_axis_between_graphs is 'first'; it is an int or None"):
         graphopt.transform(nn.Linear(2, 2), options={"sample_axis_between_graphs": "first"})
+
+
+class Packs(nn.Module):
+    """A recurrent layer over a packed sequence, which Dynamo leaves out of its graphs."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.layer = nn.Linear(3, 3), nn.GRU(3, 4, batch_first=True)
+
+    def forward(self, x):
+        packed = nn.utils.rnn.pack_padded_sequence(self.before(x), torch.tensor([5, 4, 3, 2]), batch_first=True)
+        output, _ = self.layer(packed)
+        return nn.utils.rnn.pad_packed_sequence(output, batch_first=True)[0]
+
+
+def test_a_parameter_that_no_graph_uses_is_named_when_it_gets_a_gradient():
+    model, x = graphopt.transform(Packs(), compiler="eager"), torch.randn(4, 5, 3)
+    with pytest.warns(
+        UncapturedParameter, match=r"layer\.\w+ of Packs has a gradient but no statistics.*packed sequences"
+    ):
+        loss(model(x)).backward()
+    assert model.before.weight.sum_grad_squared is not None
+    assert find(model.layer.weight_hh_l0, SUM_GRAD_SQUARED) is None
+    model.zero_grad()
+    loss(model(x)).backward()  # once is enough
+
+
+def test_an_unused_parameter_is_no_reason_to_warn():
+    model = Selects()
+    model.register_parameter("unused", nn.Parameter(torch.zeros(3)))
+    graphopt.transform(model, [TrueGrad(unsupported="skip")], compiler="eager")
+    loss(model(torch.randn(4, 5, 3))).backward()
+    assert model.unused.grad is None

@@ -150,6 +150,8 @@ def _problem(node: Node) -> str | None:
     target = node.target
     if target is operator.getitem:
         return None
+    if node.op == "placeholder":
+        return f"it is used together with {node.name}, which cannot be served"
     if not isinstance(target, torch._ops.OpOverload):
         return f"{describe(node)} is not an operator"
     if target in _ACROSS_SAMPLES:
