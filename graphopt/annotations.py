@@ -183,6 +183,14 @@ def find(param: Tensor, key: Key[Value]) -> Value | None:
     return cast("Value | None", record.values.get(key.name))
 
 
+def find_statistic(param: Tensor) -> tuple[Tensor | None, int]:
+    """`SUM_GRAD_SQUARED` and `NUM_SAMPLES` of a parameter, compared with its gradient once; ``(None, 0)`` without them."""
+    statistic = find(param, SUM_GRAD_SQUARED)
+    if statistic is None:
+        return None, 0
+    return statistic, cast(_Record, _records[param]).values.get(NUM_SAMPLES.name) or 0
+
+
 def publish(
     param: Tensor,
     sum_grad_squared: Tensor,

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from graphopt import annotations
-from graphopt.annotations import NUM_SAMPLES, SUM_GRAD_SQUARED
+from graphopt.annotations import SUM_GRAD_SQUARED
 from graphopt.errors import MissingAnnotation, OptionError, StaleAnnotation, UnsupportedError
 from graphopt.optim.base_optimizer import BaseOptimizer, new_count, state_dtype
 from graphopt.optim.foreach import foreach
@@ -234,7 +234,7 @@ class TrueGradOptimizer(BaseOptimizer):
 
     def _statistic(self, param: Tensor) -> tuple[Tensor | None, int]:
         try:
-            statistic = annotations.find(param, SUM_GRAD_SQUARED)
+            statistic, num_samples = annotations.find_statistic(param)
         except StaleAnnotation as error:
             raise StaleAnnotation(f"{type(self).__name__}.step(), {self._name(param)}: {error}") from error
         if statistic is None:
@@ -244,7 +244,7 @@ class TrueGradOptimizer(BaseOptimizer):
                 f"{type(self).__name__}.step(), {self._name(param)}: {SUM_GRAD_SQUARED.name} has shape "
                 f"{tuple(statistic.shape)} on {statistic.device}, expected the parameter's shape on {param.device}"
             )
-        return statistic, annotations.find(param, NUM_SAMPLES) or 0
+        return statistic, num_samples
 
     def _refuse_variance(self, param: Tensor, num_samples: int) -> None:
         found = "1 sample" if num_samples else "an unknown number of samples (num_samples was not set)"
