@@ -16,12 +16,18 @@ from tests.oracle import from_losses, split_samples
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch.manual_seed(0)
-    torch._dynamo.reset()
-    counters.clear()
     yield
-    torch._dynamo.reset()
-    counters.clear()
-    gc.collect()  # compiled graphs lie in reference cycles, and hold the parameters that they were compiled for
+    if counters:  # Dynamo has seen something
+        torch._dynamo.reset()
+        counters.clear()
+        gc.collect()  # compiled graphs lie in reference cycles, and hold the parameters that they were compiled for
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen_modules():
+    """What a test file imports stays for good: the collections after each test need not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
