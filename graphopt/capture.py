@@ -268,7 +268,7 @@ def describe_inputs(
             described.append(Input(InputKind.PARAMETER, name, requires_grad=value.requires_grad))
         elif id(value) in named.names or (value not in _sample_axes and not _is_argument(source)):
             described.append(Input(InputKind.BUFFER, name, requires_grad=value.requires_grad))
-        elif value in _sample_axes or not _is_between(value, named):
+        elif _marked_alias(value) in _sample_axes or not _is_between(value, named):
             axis = _sample_axes[value] if value in _sample_axes else _default_axis(value, name, option)
             kind = InputKind.CONSTANT if axis is None else InputKind.SAMPLES
             described.append(Input(kind, name, sample_axis=axis, requires_grad=value.requires_grad))
@@ -288,6 +288,18 @@ def _is_between(value: Tensor, named: NamedTensors) -> bool:
     nothing is, but its arguments have no history.
     """
     return value.ndim > 0 and (bool(named.names) or value.grad_fn is not None)
+
+
+def _marked_alias(value: Tensor) -> Tensor:
+    """The marked tensor that a tensor shows unchanged, as what ``nn.Module``'s backward hooks pass on does; else itself."""
+    if value in _sample_axes or not value.numel():
+        return value
+    for marked in list(_sample_axes.keys()):
+        same = marked.shape == value.shape and marked.stride() == value.stride() and marked.device == value.device
+        if same and marked.dtype == value.dtype and marked.data_ptr() == value.data_ptr():
+            _sample_axes[value] = _sample_axes[marked]
+            return marked
+    return value
 
 
 def lower(graph_module: GraphModule, inputs: list[Input]) -> CapturedGraph:

@@ -453,7 +453,7 @@ def _entry(
                 UncapturedCall,
                 stacklevel=2,
             )
-        elif setup.has_statistics and not is_unit and not watched and torch.is_grad_enabled():
+        elif BoundGraph.num_calls > before and setup.has_statistics and not (is_unit or watched) and torch.is_grad_enabled():
             watched = True
             _watch(model, {row.name for record in handle.records for row in record.coverage})
         return outputs

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt.annotations import NUM_SAMPLES, SUM_GRAD_SQUARED
+from graphopt.annotations import GRAD_SNR, GRAD_VARIANCE, NUM_SAMPLES, SUM_GRAD_SQUARED
 from graphopt.capture import CapturedGraph
 from graphopt.errors import GraphoptError, OptionError, PassError
 from graphopt.passes import TrueGrad
@@ -288,7 +288,7 @@ def test_uuid_covers_every_source_of_the_pass():
     from pathlib import Path
 
     folder = Path(inspect.getfile(TrueGrad)).parent
-    assert {"ops.py", "rewrite.py"} <= {file.name for file in folder.glob("*.py")}
+    assert {"sample_axis.py", "rewrite.py"} <= {file.name for file in folder.glob("*.py")}
     uuid, target = TrueGrad().uuid, folder / "rules" / "linear.py"
     read = Path.read_bytes
     try:
@@ -299,6 +299,6 @@ def test_uuid_covers_every_source_of_the_pass():
 
 
 def test_provides():
-    assert TrueGrad.provides == {SUM_GRAD_SQUARED, NUM_SAMPLES}
+    assert TrueGrad.provides == {SUM_GRAD_SQUARED, NUM_SAMPLES, GRAD_VARIANCE, GRAD_SNR}
     assert TrueGrad.requires == frozenset()
     assert TrueGrad.changes_numerics is False

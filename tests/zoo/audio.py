@@ -16,7 +16,7 @@ _WAVES: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-@case(FAMILY, rows(60, name="input_values"), fallback=("*.parametrizations.weight.*",), graphs=4)
+@case(FAMILY, rows(60, name="input_values"), fallback=("*.parametrizations.weight.*",), graphs=4, between=0)
 def wav2vec2() -> nn.Module:
     """Convolutions over the wave, weight norm on the convolution of positions."""
     from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
@@ -24,7 +24,7 @@ def wav2vec2() -> nn.Module:
     return Wav2Vec2ForCTC(Wav2Vec2Config(**_WAVES))
 
 
-@case(FAMILY, rows(60, name="input_values"), fallback=("*.parametrizations.weight.*",), graphs=4)
+@case(FAMILY, rows(60, name="input_values"), fallback=("*.parametrizations.weight.*",), graphs=4, between=0)
 def hubert() -> nn.Module:
     from transformers import HubertConfig, HubertForCTC
 

@@ -31,6 +31,7 @@ class Case:
         unused: name patterns of the parameters that the loss does not depend on.
         graphs: number of captured graphs.
         sample_axis: the option of that name; also where the oracle cuts the batch.
+        between: the option ``sample_axis_between_graphs``.
         output_axis: the axis of the outputs that counts samples.
         mixes: samples meet inside the model, so that the oracle is a copy of each parameter for each sample.
         dtype: float64 wherever the model can.
@@ -49,6 +50,7 @@ class Case:
     unused: tuple[str, ...] = ()
     graphs: int = 1
     sample_axis: Any = 0
+    between: int | None = None
     output_axis: int = 0
     mixes: bool = False
     dtype: torch.dtype = torch.float64
@@ -78,12 +80,13 @@ class Case:
         """The status that each of these parameters must have.
 
         Raises:
-            ValueError: a pattern that fits none of them, or a parameter that fits patterns of two statuses.
+            ValueError: a pattern that fits none of them, or a parameter that fits patterns of fallback and refused.
         """
         wanted = dict.fromkeys(names, "exact")
-        for status in ("fallback", "refused", "unused"):
+        others = ("exact", "fallback", "refused")
+        for status in ("unused", "fallback", "refused"):  # what is unused needs no service, whatever else it fits
             for pattern in getattr(self, status):
-                matching = [name for name in wanted if fnmatchcase(name, pattern)]
+                matching = [name for name in wanted if fnmatchcase(name, pattern) and wanted[name] in (status, *others)]
                 if not matching or any(wanted[name] not in ("exact", status) for name in matching):
                     raise ValueError(f"{self.name}: {pattern!r} of {status!r} fits {matching or 'nothing'}")
                 wanted.update(dict.fromkeys(matching, status))
