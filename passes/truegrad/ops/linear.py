@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphopt import _compat
-from graphopt.passes.truegrad.ops import product as product  # registers graphopt::transposed_product
 from graphopt.passes.truegrad.ops import sums as sums  # registers graphopt::sums
 from graphopt.passes.truegrad.ops.registration import decomposition, differentiable
 from graphopt.passes.truegrad.ops.statistics import (
@@ -114,8 +113,6 @@ def _squares_of_rows(ctx: Any, grad: Tensor, input: Tensor) -> Tensor:
     """(R, O), (R, I) -> sum over rows of the squared outer products, (O, I)."""
     dtype = ctx.square_dtype or torch.promote_types(grad.dtype, torch.float32)
     left, right = grad.square().to(dtype), input.square().to(dtype)
-    if dtype == torch.float32 and grad.device.type == "cpu":
-        return cast(Tensor, torch.ops.graphopt.transposed_product(left, right))
     squares = left.t() @ right
     return squares.to(torch.promote_types(ctx.dtypes[0], torch.float32))
 
