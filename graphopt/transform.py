@@ -8,7 +8,7 @@ import functools
 import time
 import types
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -390,7 +390,7 @@ class _Handle:
         return f"_Handle(passes={[item.name for item in self.setup.passes]}, {len(self.records)} graphs)"
 
 
-def _watch(model: nn.Module, known: Collection[str]) -> None:
+def _watch(model: nn.Module) -> None:
     """Warn when a parameter that no graph knows gets a gradient after all."""
     handles: list[Any] = []
 
@@ -407,7 +407,12 @@ def _watch(model: nn.Module, known: Collection[str]) -> None:
             )
 
     for name, param in model.named_parameters():
-        if param.requires_grad and param.is_leaf and name not in known and Statistic.name_in_graph(param) is None:
+        if (
+            param.requires_grad
+            and param.is_leaf
+            and param not in _records_of
+            and Statistic.name_in_graph(param) is None
+        ):
             handles.append(param.register_post_accumulate_grad_hook(functools.partial(warn, name=name)))
 
 
@@ -453,9 +458,14 @@ def _entry(
                 UncapturedCall,
                 stacklevel=2,
             )
-        elif BoundGraph.num_calls > before and setup.has_statistics and not (is_unit or watched) and torch.is_grad_enabled():
+        elif (
+            BoundGraph.num_calls > before
+            and setup.has_statistics
+            and not (is_unit or watched)
+            and torch.is_grad_enabled()
+        ):
             watched = True
-            _watch(model, {row.name for record in handle.records for row in record.coverage})
+            _watch(model)
         return outputs
 
     return cast(Callable[..., Any], entry)

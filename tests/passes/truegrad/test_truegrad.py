@@ -339,8 +339,6 @@ def test_sparse_embedding_is_refused_with_the_fix():
 
 
 REFUSED = {
-    "reordered": (lambda m, x: m.layer(x[torch.arange(x.shape[0]) * 3 % x.shape[0]]), "samples are reordered"),
-    "backwards": (lambda m, x: m.layer(x[torch.arange(x.shape[0] - 1, -1, -1)]), "samples are reordered"),
     "flipped": (lambda m, x: m.layer(x.flip(0)), "flip works across samples"),
     "mixed": (lambda m, x: m.layer(x.sum(0)), "a reduction over the samples"),
     "sorted": (lambda m, x: m.layer(x.sort(0).values), "sort works across samples"),
