@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -298,7 +298,7 @@ def _marked_alias(value: Tensor) -> Tensor:
         same = marked.shape == value.shape and marked.stride() == value.stride() and marked.device == value.device
         if same and marked.dtype == value.dtype and marked.data_ptr() == value.data_ptr():
             _sample_axes[value] = _sample_axes[marked]
-            return marked
+            return cast(Tensor, marked)
     return value
 
 
