@@ -37,6 +37,10 @@ IDS = torch.tensor([[0, 1, 1], [2, 0, 3]])
 
 SAMPLE_INPUTS = {
     "sums": [(torch.randn(4, 3, 2), torch.randn(4, 3, 5), norms) for norms in (False, True)],
+    "transposed_product": [
+        (torch.randn(4, 3), torch.randn(4, 5)),
+        (torch.randn(3, 4).t(), torch.randn(4, 5).double().float()),
+    ],
     "linear": [
         (leaf(4, 3, 5), leaf(2, 5), leaf(2), all_of(4, 2, 5), all_of(4, 2), ALL, 0, 1, 4, 1, False, None),
         (leaf(12, 5), leaf(2, 5), None, [companion(2, 5)], [], "square", 0, 3, 4, 1, False, None),
@@ -76,6 +80,7 @@ CASES = [
 ]
 NOT_DIFFERENTIABLE = (
     "sums",
+    "transposed_product",
     "embedding_sums",
     "collected_gradients",
     "permutation",
