@@ -3,8 +3,9 @@
 A convolution is a product with patches: with X the input, G the gradient at the output and P(.) the patches that the kernel
 sees, sample n's gradient of the weight is ``G_n^T P(X_n)``, and ``X_n^T P(G_n)`` for a transposed one. Three ways to it:
 
+* a convolution's own weight gradient, with every sample's groups as groups of their own (`_by_groups`): for groups of few
+  channels (depthwise), and for float32 on the CPU, where oneDNN's kernels take many groups as fast as one;
 * patches of a few samples at a time, and a product for each sample (`_by_patches`);
-* groups of few channels (depthwise): a convolution's own weight gradient, with every sample's groups as groups of their own;
 * one position for each sample, and squares of single positions: the weight gradient of squared factors.
 
 Only the first two need memory: for the patches of a slice of samples, and for a slice of per-sample gradients.
@@ -37,8 +38,12 @@ aten = torch.ops.aten
 
 # Bytes of patches, and of per-sample gradients, that exist at one time: they fit the cache of a CPU core, or fill a GPU.
 _CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
-# Groups of at most so many channels go to the convolution's own kernels, whose cost per group is small; wider ones to products.
+# Groups of at most so many channels always go to the convolution's own kernels.
 _NARROW = 32
+# Of float32 on the CPU those with at least so many channels do (fewer leave oneDNN's vectors empty) if images, gradients and
+# per-sample gradients of so many samples fit the memory that a core has nearby (ResNet, two threads: 1.40x plain training, and
+# 1.74x by patches).
+_LEAST_CHANNELS, _LEAST_SAMPLES, _NEAR_BYTES = 16, 4, 3 << 20
 
 
 class Geometry(NamedTuple):
@@ -55,7 +60,7 @@ class Geometry(NamedTuple):
 # --- the reductions --------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("graphopt::convolution_sums", mutates_args=(), tags=(torch.Tag.flexible_layout,))
+@torch.library.custom_op("graphopt::convolution_sums", mutates_args=())
 def convolution_sums(
     grad: Tensor,
     input: Tensor,
@@ -89,8 +94,10 @@ def convolution_sums(
     shape = _weight_shape(grad, input, kernel, geometry)
     dtype = torch.promote_types(grad.dtype, torch.float32)
     per_sample = torch.zeros(grad.shape[0] if norms else 0, dtype=dtype, device=grad.device)
-    total, squares = (_results(shape, geometry, grad, dtype) for _ in range(2))
-    for start, group, products in _products(grad, input, shape, geometry):
+    samples = _samples_as_groups(grad, input, shape, geometry)
+    order = shape if samples else _order_of_patches(shape, geometry)
+    total, squares = (torch.zeros(order, dtype=dtype, device=grad.device) for _ in range(2))
+    for start, group, products in _products(grad, input, shape, geometry, samples):
         own, own_squares = (whole if group is None else whole[group] for whole in (total, squares))
         if grad.device.type == "cpu":  # one sample at a time is read from cache, and squared and added in one go
             for product in products.to(dtype):
@@ -101,7 +108,9 @@ def convolution_sums(
             own_squares.add_(square_sum(products))
         if norms:
             per_sample[start : start + len(products)] += squared_norms(products)
-    return _in_weight_order(total, shape, geometry), _in_weight_order(squares, shape, geometry), per_sample
+    if not samples:
+        total, squares = _in_weight_order(total, shape), _in_weight_order(squares, shape)
+    return total, squares, per_sample
 
 
 @convolution_sums.register_fake
@@ -112,7 +121,7 @@ def _(grad: Tensor, input: Tensor, kernel: Sequence[int], *rest: Any) -> tuple[T
     return grad.new_empty(shape, dtype=dtype), grad.new_empty(shape, dtype=dtype), per_sample
 
 
-@torch.library.custom_op("graphopt::convolution_products", mutates_args=(), tags=(torch.Tag.flexible_layout,))
+@torch.library.custom_op("graphopt::convolution_products", mutates_args=())
 def convolution_products(
     grad: Tensor,
     input: Tensor,
@@ -127,11 +136,13 @@ def convolution_products(
     """The per-sample gradients themselves, (N, *weight.shape); arguments as in `convolution_sums`."""
     geometry = Geometry(stride, padding, dilation, transposed, output_padding, groups)
     shape = _weight_shape(grad, input, kernel, geometry)
-    found = _results(shape, geometry, grad, grad.dtype, grad.shape[0])
-    for start, group, products in _products(grad, input, shape, geometry):
+    samples = _samples_as_groups(grad, input, shape, geometry)
+    order = shape if samples else _order_of_patches(shape, geometry)
+    found = grad.new_empty((grad.shape[0], *order))
+    for start, group, products in _products(grad, input, shape, geometry, samples):
         own = found if group is None else found[:, group]
         own[start : start + len(products)] = products
-    return _in_weight_order(found, shape, geometry)
+    return found if samples else _in_weight_order(found, shape)
 
 
 @convolution_products.register_fake
@@ -144,33 +155,46 @@ def _weight_shape(grad: Tensor, input: Tensor, kernel: Sequence[int], geometry: 
     return [outer.shape[2], inner.shape[2] // geometry.groups, *kernel]
 
 
-def _is_narrow(shape: Sequence[int], geometry: Geometry) -> bool:
-    return geometry.groups > 1 and max(shape[0] // geometry.groups, shape[1]) <= _NARROW
+def _samples_as_groups(grad: Tensor, input: Tensor, shape: Sequence[int], geometry: Geometry) -> int:
+    """How many samples at a time are to be groups of one convolution; 0 if patches are the better way."""
+    widths = (shape[0] // geometry.groups, shape[1])
+    if geometry.groups > 1 and max(widths) <= _NARROW:
+        return _chunk(grad, math.prod(shape))
+    if grad.device.type != "cpu" or grad.dtype != torch.float32 or min(widths) < _LEAST_CHANNELS or not len(grad):
+        return 0
+    num = len(grad)
+    size = (grad.numel() + input.numel()) // num + math.prod(shape)
+    samples = min(num, _NEAR_BYTES // (size * grad.element_size()))
+    return samples if samples >= min(num, _LEAST_SAMPLES) else 0
 
 
-def _results(shape: Sequence[int], geometry: Geometry, like: Tensor, dtype: torch.dtype, *leading: int) -> Tensor:
-    """Zeros in the order in which products come: that of the weight, or (groups, rows, kernel * columns)."""
-    if not _is_narrow(shape, geometry):
-        shape = [geometry.groups, shape[0] // geometry.groups, math.prod(shape[1:])]
-    return torch.zeros([*leading, *shape], dtype=dtype, device=like.device)
+def _order_of_patches(shape: Sequence[int], geometry: Geometry) -> list[int]:
+    """(groups, rows, kernel * columns): how products of patches come."""
+    return [geometry.groups, shape[0] // geometry.groups, math.prod(shape[1:])]
 
 
-def _in_weight_order(result: Tensor, shape: Sequence[int], geometry: Geometry) -> Tensor:
-    """(..., *as `_results`) -> (..., *shape), contiguous."""
-    if _is_narrow(shape, geometry):
-        return result
+def _in_weight_order(result: Tensor, shape: Sequence[int]) -> Tensor:
+    """(..., groups, rows, kernel * columns) -> (..., *shape), contiguous."""
     rows, columns, *kernel = shape
     leading = result.shape[: result.dim() - 3]
     return result.reshape(*leading, rows, *kernel, columns).movedim(-1, len(leading) + 1).contiguous()
 
 
 def _products(
-    grad: Tensor, input: Tensor, shape: Sequence[int], geometry: Geometry
+    grad: Tensor, input: Tensor, shape: Sequence[int], geometry: Geometry, samples: int
 ) -> Iterator[tuple[int, int | None, Tensor]]:
-    """First sample, group (``None`` for all at once), and the gradients of a few samples, as `_results` orders them."""
+    """First sample, group (``None`` for all at once), and the gradients of a few samples.
+
+    Args:
+        grad: as in `convolution_sums`.
+        input: likewise.
+        shape: of the weight.
+        geometry: of the convolution.
+        samples: from `_samples_as_groups`.
+    """
     with _compat.disable_autocast():
-        if _is_narrow(shape, geometry):
-            yield from _by_groups(grad, input, shape, geometry)
+        if samples:
+            yield from _by_groups(grad, input, shape, geometry, samples)
             return
         rows, image = (input, grad) if geometry.transposed else (grad, input)
         parts = zip(rows.chunk(geometry.groups, 2), image.chunk(geometry.groups, 2), strict=True)
@@ -180,10 +204,9 @@ def _products(
 
 
 def _by_groups(
-    grad: Tensor, input: Tensor, shape: Sequence[int], geometry: Geometry
+    grad: Tensor, input: Tensor, shape: Sequence[int], geometry: Geometry, chunk: int
 ) -> Iterator[tuple[int, None, Tensor]]:
-    """Each sample's groups are groups of one convolution over (M, samples * channels, *positions)."""
-    chunk = _chunk(grad, math.prod(shape))
+    """Each sample's groups are groups of one convolution over (M, chunk * channels, *positions)."""
     *middle, groups = geometry
     for start in range(0, grad.shape[0], chunk):
         sides = (side[start : start + chunk].transpose(0, 1).flatten(1, 2) for side in (grad, input))

@@ -358,18 +358,30 @@ def test_sums_against_one_convolution_for_each_sample(name, budget, dtype, monke
             torch.testing.assert_close(norms, expected.square().flatten(1).sum(1), **tolerance)
 
 
-def test_memory_does_not_grow_with_the_number_of_samples(monkeypatch):
+@pytest.mark.parametrize("at_a_time", [2, 5])
+@pytest.mark.parametrize("name", sorted(GEOMETRIES))
+def test_samples_as_groups_of_float32(name, at_a_time, monkeypatch):
+    monkeypatch.setattr(operators, "_samples_as_groups", lambda *_: at_a_time)
+    test_sums_against_one_convolution_for_each_sample(name, 2 << 20, torch.float32, monkeypatch)
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("patches", 15), ("groups", 16)])
+def test_memory_does_not_grow_with_the_number_of_samples(monkeypatch, kind, channels):
     """What exists beside inputs and results at one time is counted by the allocator of the profiler."""
     monkeypatch.setitem(operators._CHUNK_BYTES, "cpu", 1 << 18)
+    monkeypatch.setattr(operators, "_NEAR_BYTES", 1 << 20)
+    plain = operators.Geometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
     peaks = []
     for num in (16, 64):
-        sides = torch.randn(num, 1, 16, 32, 32), torch.randn(num, 1, 16, 32, 32)
+        sides = torch.randn(num, 1, channels, 32, 32), torch.randn(num, 1, channels, 32, 32)
+        shape = operators._weight_shape(*sides, (3, 3), plain)
+        assert bool(operators._samples_as_groups(*sides, shape, plain)) == (kind == "groups")
         geometry = ((3, 3), (1, 1), (1, 1), (1, 1), False, (0, 0), 1, False)
         torch.ops.graphopt.convolution_sums(*sides, *geometry)
         peaks.append(
             peak_bytes(lambda sides=sides, geometry=geometry: torch.ops.graphopt.convolution_sums(*sides, *geometry))
         )
-    patches_of_one = 16 * 9 * 32 * 32 * 4
+    patches_of_one = channels * 9 * 32 * 32 * 4
     assert peaks[1] <= 1.05 * peaks[0]
     assert peaks[1] < 3 * patches_of_one  # all samples' patches would be 64 of them
 
