@@ -18,7 +18,7 @@ import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, cast
 
@@ -50,7 +50,7 @@ class InputKind(Enum):
     PARAMETER = "parameter"
     BUFFER = "buffer"
     SAMPLES = "samples"
-    BETWEEN = "between"  # computed from parameters outside of any graph: nobody knows where its samples are
+    BETWEEN = "between"  # computed outside of any graph: nobody knows where its samples are
     CONSTANT = "constant"  # a tensor without samples: a table, a mask that all samples share
     SIZE = "size"  # a SymInt
     COMPANION = "companion"  # added by a pass, bound by the runtime
@@ -256,9 +256,10 @@ def describe_inputs(
         example_inputs: its inputs.
         named: the model's tensors, if the model is known.
         option: where the model's arguments count samples.
-        between: where tensors do that were computed between two graphs; ``None`` if that is not known.
+        between: where tensors do that were computed between two graphs; ``None`` if that is not known. Of those without
+            gradient only floating-point tensors do, and among others with samples only those with as many rows.
     """
-    described = []
+    described: list[Input] = []
     for node, value in zip(graph_module.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         source = _source(node)
         name = named.names.get(id(value)) or named.name_of(source.name if source is not None else node.name)
@@ -272,13 +273,25 @@ def describe_inputs(
             axis = _sample_axes[value] if value in _sample_axes else _default_axis(value, name, option)
             kind = InputKind.CONSTANT if axis is None else InputKind.SAMPLES
             described.append(Input(kind, name, sample_axis=axis, requires_grad=value.requires_grad))
-        elif not value.requires_grad:  # data: whatever its rows are, no gradient of a sample flows through another's
+        elif not value.requires_grad and not value.is_floating_point():  # indices and masks
             described.append(Input(InputKind.CONSTANT, name))
-        elif between is not None:
-            described.append(Input(InputKind.SAMPLES, name, sample_axis=between % value.ndim, requires_grad=True))
         else:
-            described.append(Input(InputKind.BETWEEN, name, requires_grad=True))
-    return described
+            described.append(Input(InputKind.BETWEEN, name, requires_grad=value.requires_grad))
+    return described if between is None else _with_samples_between(described, example_inputs, between)
+
+
+def _with_samples_between(described: Sequence[Input], values: Sequence[Any], axis: int) -> list[Input]:
+    """What was computed between two graphs, with its samples where the user says that they are."""
+    known = {v.shape[i.sample_axis] for i, v in zip(described, values, strict=True) if i.sample_axis is not None}
+    found = []
+    for item, value in zip(described, values, strict=True):
+        if item.kind is InputKind.BETWEEN and item.requires_grad:
+            item = replace(item, kind=InputKind.SAMPLES, sample_axis=_checked_axis(value, axis, item.name))
+        elif item.kind is InputKind.BETWEEN and -value.ndim <= axis < value.ndim:
+            if not known or value.shape[axis] in known:
+                item = replace(item, kind=InputKind.SAMPLES, sample_axis=axis % value.ndim)
+        found.append(item)
+    return found
 
 
 def _is_between(value: Tensor, named: NamedTensors) -> bool:

@@ -65,7 +65,7 @@ class PassResult:
 
     Attributes:
         graph: the rewritten graph, or the one that came in if nothing applied.
-        num_changed: number of nodes rewritten.
+        num_changed: number of nodes rewritten; without any, only the graph's ``output_sample_axes`` are kept.
         notes: what a reader of the record should know, one sentence each.
         coverage: one row for each parameter that the pass considered.
     """
@@ -253,7 +253,8 @@ def run_passes(graph: CapturedGraph, passes: Sequence[Pass]) -> tuple[CapturedGr
                 f"out with options={{'disable': ['{item.name}']}}, and please report the model"
             ) from error
         if not result.num_changed:
-            result = dataclasses.replace(result, graph=graph)
+            unchanged = dataclasses.replace(graph, output_sample_axes=result.graph.output_sample_axes)
+            result = dataclasses.replace(result, graph=unchanged)
         elapsed = time.perf_counter() - start
         records.append(PassRecord(item.name, result, graph.graph_module, result.graph.graph_module, elapsed))
         graph = result.graph

@@ -6,7 +6,7 @@ from torch import nn
 
 import graphopt
 from graphopt.annotations import SUM_GRAD_SQUARED, find
-from graphopt.errors import OptionError, UncapturedParameter, UnsupportedError
+from graphopt.errors import OptionError, SampleAxisError, UncapturedParameter, UnsupportedError
 from graphopt.passes import TrueGrad
 from tests.oracle import loop_over_samples
 
@@ -114,3 +114,89 @@ def test_an_unused_parameter_is_no_reason_to_warn():
     graphopt.transform(model, [TrueGrad(unsupported="skip")], compiler="eager")
     loss(model(torch.randn(4, 5, 3))).backward()
     assert model.unused.grad is None
+
+
+class Frozen(nn.Module):
+    """A head on features of a frozen backbone, which Dynamo compiles apart, or leaves out."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.backbone, self.head = nn.Sequential(nn.Linear(3, 4), nn.Tanh()), nn.Linear(4, 2)
+        self.backbone.requires_grad_(False)
+
+    @torch.compiler.disable
+    def outside(self, x):
+        return self.backbone(x)
+
+    def forward(self, x):
+        if self.way == "disabled":
+            return self.head(self.outside(x))
+        with torch.set_grad_enabled(self.way == "break"):
+            features = self.backbone(x)
+            torch._dynamo.graph_break()
+        return self.head(features)
+
+
+@pytest.mark.parametrize("num", [4, 1])
+@pytest.mark.parametrize(
+    ("way", "options"), [("break", {}), ("no_grad", {}), ("disabled", {"sample_axis_between_graphs": 0})]
+)
+def test_features_of_a_frozen_backbone(way, options, num):
+    model, x = Frozen(way).double(), torch.randn(num, 3).double()
+    expected = loop_over_samples(model, (x,), loss, reduction="sum")
+    graphopt.transform(model, compiler="eager", options=options)
+    loss(model(x)).backward()
+    for name, param in model.head.named_parameters(prefix="head"):
+        torch.testing.assert_close(param.sum_grad_squared, expected[name].sum_grad_squared)
+        assert param.num_samples == num
+
+
+def test_features_that_nobody_follows_are_named():
+    model = graphopt.transform(Frozen("disabled"), compiler="eager")
+    with pytest.raises(SampleAxisError, match=r"head\.\w+ has no input.*sample_axis_between_graphs"):
+        model(torch.randn(4, 3))
+
+
+class TwoParts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(1, 2)
+
+    def forward(self, x):
+        pooled = torch.tanh(self.first(x)).mean(1, keepdim=True)
+        torch._dynamo.graph_break()
+        return self.second(pooled)
+
+
+def test_one_sample_across_a_break():
+    model, x = TwoParts().double(), torch.randn(1, 3).double()
+    graphopt.transform(model, compiler="eager")
+    loss(model(x)).backward()
+    for param in model.parameters():
+        torch.testing.assert_close(param.sum_grad_squared, param.grad.square())
+
+
+class Tables(nn.Module):
+    """A table beside the samples, computed in eager code."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(3, 3), nn.Parameter(torch.randn(3))
+
+    @torch.compiler.disable
+    def table(self, x):
+        return torch.arange(x.shape[1], dtype=x.dtype).unsqueeze(1).expand(-1, 3)
+
+    def forward(self, x):
+        return self.linear(x) * (self.table(x) * self.scale).cos()
+
+
+def test_a_table_is_no_batch():
+    """What has other rows than the batch holds no samples, whatever the option says."""
+    model, x = Tables().double(), torch.randn(4, 5, 3).double()
+    expected = loop_over_samples(model, (x,), loss, reduction="sum")
+    graphopt.transform(model, compiler="eager", options={"sample_axis_between_graphs": 0})
+    loss(model(x)).backward()
+    for name, param in model.named_parameters():
+        torch.testing.assert_close(param.sum_grad_squared, expected[name].sum_grad_squared)

@@ -5,8 +5,10 @@ For parameters whose per-sample gradients would not fit into memory all at once,
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -14,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from graphopt import _compat
 from graphopt.inspect.location import describe
-from graphopt.passes.truegrad._registry import Declined
-from graphopt.passes.truegrad.ops.collect import NAMES
+from graphopt.passes.truegrad._registry import Declined, Refused
+from graphopt.passes.truegrad.ops.collect import NAMES, compiled
 from graphopt.passes.truegrad.sample_axis import Free, Layout, Lost, SampleAxis, shape_of
 
 aten = torch.ops.aten
@@ -57,6 +60,8 @@ def collect_gradients(params: Sequence[Node], nodes: Sequence[Node], context: An
         grouping = [part for value in values for part in _grouping(context.layout(value), context.editor)]
     except ValueError as problem:
         return Declined(f"the size of one of its operands is not known beforehand ({problem})")
+    if isinstance(refused := _try_on_one_sample(program, nodes, context), Declined):
+        return refused
     _emit(program, nodes, context, sizes, grouping, max_bytes)
     return None
 
@@ -97,6 +102,47 @@ def write_program(params: Sequence[Node], nodes: Sequence[Node], depends: dict[N
         return Declined(f"its source names {sorted(unknown)}")
     program.text = code.src
     return program
+
+
+def _try_on_one_sample(program: Program, nodes: Sequence[Node], context: Any) -> Declined | None:
+    """Run the program on fake tensors: a parameter, or a constant, with rows for the samples would not fit one of them."""
+
+    def one(value: Node) -> Tensor:
+        fake, layout = value.meta["val"], context.layout(value)
+        shape = [context.hint(size) for size in shape_of(fake)]
+        if isinstance(layout, SampleAxis):
+            shape[layout.axis] = context.hint(layout.outer * layout.inner)
+        return torch.empty(shape, dtype=fake.dtype, device=fake.device)
+
+    with _compat.FakeTensorMode(), _quiet():
+        expected = [one(node) for node in nodes]
+        try:
+            found = compiled(program.text)(None, *map(one, [*program.params, *program.operands]))
+        except Exception as error:
+            why = str(error).splitlines()[0] if str(error) else "no text"
+            return Refused(
+                f"{describe(nodes[0])} cannot be computed for one sample alone ({type(error).__name__}: {why})"
+            )
+    for node, own, wanted in zip(nodes, found, expected, strict=True):
+        if own.shape != wanted.shape:
+            return Refused(
+                f"{describe(node)} gives {tuple(own.shape)} for one sample instead of {tuple(wanted.shape)}: a parameter or a "
+                "constant in it has rows for the samples of one batch size"
+            )
+        if own.dtype != wanted.dtype:
+            return Refused(f"{describe(node)} gives {own.dtype} for one sample instead of {wanted.dtype}")
+    return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging what it raises."""
+    logger = logging.getLogger(_compat.FakeTensorMode.__module__)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _emit(

@@ -73,7 +73,7 @@ class _Propagation:
                 axis, num = samples[position]
                 source = self.sources.setdefault(num, (position, axis))
                 self.layouts[node] = SampleAxis(axis, num, source)
-            elif described.kind is InputKind.BETWEEN:
+            elif described.kind is InputKind.BETWEEN and described.requires_grad:
                 self.layouts[node] = Lost(node, BETWEEN_GRAPHS.format(name=described.name))
             elif described.kind is InputKind.SAMPLES and described.requires_grad:
                 self.layouts[node] = Lost(node, "an input without samples that depends on parameters")

@@ -122,6 +122,13 @@ class Rewriter:
         assert isinstance(layout, SampleAxis), describe(node)
         return layout
 
+    def hint(self, size: Size) -> int:
+        """The value that a size had when the graph was captured."""
+        shape_env = self.graph.fake_mode.shape_env
+        if shape_env is None or not getattr(size, "free_symbols", None):
+            return int(cast(Any, size))
+        return _compat.size_hint(shape_env, size)
+
     def companions(self, value: Node) -> list[Node]:
         """The companions of the parameter that ``value`` is a view of, through the same views, in the order of ``wanted``."""
         return [self._companion(value, key) for key in self.statistics]
@@ -154,7 +161,11 @@ class Rewriter:
         missing = ndim - value.meta["val"].ndim
         shape: list[Any] = [1] * missing + [editor.size(size) for size in _sizes(value)]
         if shape[layout.axis] != 1:
-            raise _Unserved(f"its own axis of {shape[layout.axis]} rows lies where the samples are")
+            raise _Unserved(
+                Refused(
+                    f"its own axis of {shape[layout.axis]} rows lies where the samples are, so it fits one batch size only"
+                )
+            )
         own = editor.call(aten.reshape.default, editor.detached(value), shape) if missing else editor.detached(value)
         rows = list(editor.rows(layout))
         before, behind = shape[: layout.axis], shape[layout.axis + 1 :]
@@ -306,7 +317,7 @@ class Rewriter:
                 try:
                     new = self._batched_node(node)
                 except _Unserved as problem:
-                    new = Declined(str(problem))
+                    new = problem.verdict
             if isinstance(new, Node) and not _alike(new, node):
                 new = Declined(f"its batched form gives {_form(new)} instead of {_form(node)}")
             if isinstance(new, Declined):
@@ -324,7 +335,7 @@ class Rewriter:
 
     def _collect(self, together: set[Node], nodes: list[Node]) -> bool:
         """Serve parameters by `ops.collect`, if their per-sample gradients are too large or it is the only way."""
-        size = sum(_hint(self._nums[param], self.graph) * self._bytes(param) for param in together)
+        size = sum(self.hint(self._nums[param]) * self._bytes(param) for param in together)
         forced = bool(together & self.collected)
         large = size > self.max_bytes and not any(self._is_lookup(param) for param in together)
         if not self._may_collect() or not (forced or large):
@@ -490,7 +501,7 @@ class Rewriter:
             self._row(param, status, "tied embedding", 4 * self._bytes(param), 2 * self._bytes(param))
         for param in [param for param in self.uses.of if param in batched]:
             names = ", ".join(sorted({_short(use.node) for use in self.uses.of[param]}))
-            num = _hint(self._nums[param], self.graph)
+            num = self.hint(self._nums[param])
             cheap = cast(Tensor, param.meta["val"]).ndim < 2 or self.per_token or self._is_lookup(param)
             size = num * self._bytes(param) if not self._is_lookup(param) else self._bytes(param)
             self._row(param, status if cheap else Status.FALLBACK, f"per_sample at {names}", size // 2, size)
@@ -512,6 +523,10 @@ class Rewriter:
 class _Unserved(Exception):
     """A rule found out too late that it does not apply; caught by the rewriter."""
 
+    def __init__(self, verdict: Declined | str) -> None:
+        super().__init__()
+        self.verdict = Declined(verdict) if isinstance(verdict, str) else verdict
+
 
 def _alike(new: Node, old: Node) -> bool:
     """Whether a replacement has the shape and dtype of what it replaces."""
@@ -528,13 +543,6 @@ def _form(node: Node) -> str:
 
 def _sizes(node: Node) -> list[Size]:
     return shape_of(node.meta["val"])
-
-
-def _hint(size: Size, graph: CapturedGraph) -> int:
-    shape_env = graph.fake_mode.shape_env
-    if shape_env is None or not getattr(size, "free_symbols", None):
-        return int(cast(Any, size))
-    return _compat.size_hint(shape_env, size)
 
 
 def _short(node: Node) -> str:

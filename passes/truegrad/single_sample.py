@@ -44,3 +44,13 @@ def rewrite_single_sample(
         shape = tuple(int(size) for size in cast(Tensor, param.meta["val"]).shape)
         rows.append(Coverage(names[param], shape, Status.EXACT, "one sample", 2 * param.meta["val"].numel()))
     return len(rows), rows
+
+
+def axes_of_one_sample(graph: CapturedGraph) -> tuple[int | None, ...]:
+    """For each output an axis of one row, if it has one: there is one sample wherever it lies."""
+    values = [value.meta.get("val") if isinstance(value, Node) else None for value in graph.output_nodes]
+    return tuple(_first_of_size_one(value) if isinstance(value, Tensor) else None for value in values)
+
+
+def _first_of_size_one(value: Tensor) -> int | None:
+    return next((axis for axis, size in enumerate(value.shape) if isinstance(size, int) and size == 1), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -25,10 +26,10 @@ from graphopt.capture import CapturedGraph, InputKind
 from graphopt.errors import OptionError, SampleAxisError, UnsupportedError
 from graphopt.passes.truegrad.editor import OPERATOR_NAMES
 from graphopt.passes.truegrad.ops import register_decompositions
-from graphopt.passes.truegrad.propagation import find_sample_axes
+from graphopt.passes.truegrad.propagation import BETWEEN_GRAPHS, find_sample_axes
 from graphopt.passes.truegrad.rewrite import Rewriter
-from graphopt.passes.truegrad.sample_axis import SampleAxis
-from graphopt.passes.truegrad.single_sample import rewrite_single_sample
+from graphopt.passes.truegrad.sample_axis import Layouts, SampleAxis
+from graphopt.passes.truegrad.single_sample import axes_of_one_sample, rewrite_single_sample
 from graphopt.passes.truegrad.uses import find_uses
 from graphopt.pipeline import Coverage, Pass, PassResult, Status
 
@@ -118,17 +119,20 @@ class TrueGrad(Pass):
         """Rewrite the graph."""
         register_decompositions()
         tracked, rows = self._tracked(graph)
-        if not tracked or not graph.grad_enabled:
+        if not tracked or not graph.grad_enabled:  # the graphs behind it still ask where the samples are
+            with contextlib.suppress(SampleAxisError):  # nothing to be exact about here; who needs to know will say so
+                graph.output_sample_axes = _axes_of_outputs(graph, find_sample_axes(graph))
             return PassResult(graph, 0)
         samples = [
             fake.shape[described.sample_axis]
             for described, fake in zip(graph.inputs, graph.fake_inputs, strict=True)
             if described.kind is InputKind.SAMPLES and described.sample_axis is not None
         ]
-        if not samples and all(described.kind is not InputKind.BETWEEN for described in graph.inputs):
+        if not samples and not any(i.kind is InputKind.BETWEEN and i.requires_grad for i in graph.inputs):
             return self._without_samples(graph, tracked, rows)
         one = self.per == "sample" and SUM_POSITION_GRAD_SQUARED.name not in self.statistics
         if one and samples and all(isinstance(size, int) and size == 1 for size in samples):
+            graph.output_sample_axes = axes_of_one_sample(graph)
             changed, found = rewrite_single_sample(graph, tracked, self._keys)
             return PassResult(graph, changed, ("one sample: its squared gradient is the statistic",), (*found, *rows))
         return self._rewrite(graph, tracked, rows)
@@ -138,11 +142,7 @@ class TrueGrad(Pass):
     ) -> PassResult:
         names = {node: described.name for node, described in zip(graph.placeholders, graph.inputs, strict=True)}
         layouts = find_sample_axes(graph)
-        outputs = [layouts.get(value) for value in graph.output_nodes]
-        axes = tuple(
-            layout.axis if isinstance(layout, SampleAxis) and layout.is_plain and not layout.order else None
-            for layout in outputs
-        )
+        axes = _axes_of_outputs(graph, layouts)
         pristine = graph.copy()
         uses = find_uses(graph, layouts, tracked)
         options: dict[str, Any] = {"per_token": self.per == "token", "square_dtype": self.square_dtype}
@@ -174,12 +174,18 @@ class TrueGrad(Pass):
     def _without_samples(self, graph: CapturedGraph, tracked: list[Node], rows: list[Coverage]) -> PassResult:
         """A graph that no tensor with samples enters: fine as long as it differentiates nothing, as a part of a model may be."""
         problems = find_uses(graph, find_sample_axes(graph), tracked).problems
+        names = {node: described.name for node, described in zip(graph.placeholders, graph.inputs, strict=True)}
         if problems and self.unsupported == "error":
+            between = [described.name for described in graph.inputs if described.kind is InputKind.BETWEEN]
+            if between:
+                raise SampleAxisError(
+                    f"a graph that uses {names[next(iter(problems))]} has no input that is known to hold samples. "
+                    + BETWEEN_GRAPHS.format(name=", ".join(between))
+                )
             raise SampleAxisError(
                 "the model was called without a tensor that holds samples, so there is nothing to sum squares over. Pass the "
                 "batch as a tensor argument, or train it without this pass: graphopt.transform(model, passes=[])"
             )
-        names = {node: described.name for node, described in zip(graph.placeholders, graph.inputs, strict=True)}
         skipped = [
             Coverage(
                 names[param],
@@ -220,6 +226,15 @@ class TrueGrad(Pass):
             return bool(self.where(name, value))
         patterns = [self.where] if isinstance(self.where, str) else self.where
         return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _axes_of_outputs(graph: CapturedGraph, layouts: Layouts) -> tuple[int | None, ...]:
+    """Where graphs behind this one find the samples in what it returns."""
+    outputs = [layouts.get(value) if isinstance(value, Node) else None for value in graph.output_nodes]
+    return tuple(
+        layout.axis if isinstance(layout, SampleAxis) and layout.is_plain and not layout.order else None
+        for layout in outputs
+    )
 
 
 def _find(graph: CapturedGraph, names: set[str]) -> list[Node]:

@@ -150,7 +150,7 @@ def collected_gradients(
     chunk = max(1, min(num, max_bytes // max(1, size)))
     start = 0
     with _compat.disable_autocast():
-        for each in _gradients_in_slices(_compiled(program), params, rows, layouts, num_outputs, num, chunk):
+        for each in _gradients_in_slices(compiled(program), params, rows, layouts, num_outputs, num, chunk):
             count = each[0].shape[0]
             for index, gradient in enumerate(each):
                 totals[index] += gradient.sum(0)
@@ -192,6 +192,11 @@ def _gradients_in_slices(
         """The scalar whose gradient is one sample's."""
         each = [_batch_of_one(value, layout) for value, layout in zip(values, layouts, strict=True)]
         outputs = program(None, *own, *each[num_outputs:])
+        if any(y.shape != g.shape for y, g in zip(outputs, each[:num_outputs], strict=True)):
+            shapes = [(tuple(y.shape), tuple(g.shape)) for y, g in zip(outputs, each[:num_outputs], strict=True)]
+            raise ValueError(
+                f"graphopt::collect: shapes of one sample's outputs and of their gradients differ: {shapes}"
+            )
         return torch.stack([(y * g).sum() for y, g in zip(outputs, each[:num_outputs], strict=True)]).sum()
 
     together = True
@@ -241,7 +246,8 @@ def _wide(param: Tensor) -> torch.dtype:
 
 
 @functools.lru_cache(maxsize=1024)
-def _compiled(program: str) -> Callable[..., list[Tensor]]:
+def compiled(program: str) -> Callable[..., list[Tensor]]:
+    """The function whose source text is ``program``."""
     scope = dict(NAMES)
     exec(program, scope)
     return cast(Callable[..., list[Tensor]], scope["forward"])

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphopt import _compat
-from graphopt.passes.truegrad.ops import product as product  # registers graphopt::transposed_product
 from graphopt.passes.truegrad.ops import sums as sums  # registers graphopt::sums
+from graphopt.passes.truegrad.ops.product import product
 from graphopt.passes.truegrad.ops.registration import decomposition, differentiable
 from graphopt.passes.truegrad.ops.statistics import (
     NORM,
@@ -82,7 +82,7 @@ def weight_gradients(ctx: Any, grad: Tensor, input: Tensor) -> tuple[Tensor, lis
     wanted = split(ctx.of_weight)
     found: dict[str, Tensor] = {}
     if ctx.per_token or _one_position(ctx, input):  # the closed form: the square of an outer product is one
-        total = _product(flat_grad, flat_input)
+        total = product(flat_grad, flat_input)
         found[SQUARE] = _squares_of_rows(ctx, flat_grad, flat_input)
         found[POSITION] = found[SQUARE]
         if NORM in wanted:
@@ -114,15 +114,8 @@ def _squares_of_rows(ctx: Any, grad: Tensor, input: Tensor) -> Tensor:
     """(R, O), (R, I) -> sum over rows of the squared outer products, (O, I)."""
     dtype = ctx.square_dtype or torch.promote_types(grad.dtype, torch.float32)
     left, right = grad.square().to(dtype), input.square().to(dtype)
-    squares = _product(left, right)
+    squares = product(left, right)
     return squares.to(torch.promote_types(ctx.dtypes[0], torch.float32))
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """(R, O), (R, I) -> (O, I)."""
-    if left.dtype == torch.float32 and left.device.type == "cpu":
-        return cast(Tensor, torch.ops.graphopt.transposed_product(left, right))
-    return left.t() @ right
 
 
 def _one_position(ctx: Any, input: Tensor) -> bool:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import graphopt
 from graphopt.errors import OptionError, UnsupportedError
@@ -169,3 +170,52 @@ def test_inductor_and_ragged_batches():
 def test_option():
     with pytest.raises(OptionError, match="at least 1"):
         TrueGrad(max_bytes=0)
+
+
+class RowsOfItsOwn(nn.Module):
+    """A parameter, or a constant beside one, with a row for each sample: it fits one batch size only."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.rows, self.matrix, self.linear = (
+            nn.Parameter(torch.randn(4, 3)),
+            nn.Parameter(torch.randn(4, 3, 2)),
+            nn.Linear(3, 2),
+        )
+        self.register_buffer("constant", torch.randn(4, 3))
+
+    def forward(self, x):
+        match self.way:
+            case "added":
+                return self.linear(torch.tanh(x + self.rows))
+            case "einsum":
+                return torch.einsum("nd,nd->n", x, self.rows)
+            case "bmm":
+                return torch.bmm(x[:, None], self.matrix)
+            case "similarity":
+                return F.cosine_similarity(x, self.rows)
+            case "constant":
+                return x[:, :2] * self.linear(self.constant)
+            case "distance":
+                return torch.cdist((x * self.rows[0])[:, None], (self.constant * self.rows[0])[:, None])
+
+
+@pytest.mark.parametrize("max_bytes", [1, 2**27])
+@pytest.mark.parametrize("way", ["added", "einsum", "bmm", "similarity", "constant", "distance"])
+def test_rows_for_the_samples_of_one_batch_are_refused(way, max_bytes):
+    model = graphopt.transform(RowsOfItsOwn(way), [TrueGrad(max_bytes=max_bytes)], compiler="eager")
+    with pytest.raises(UnsupportedError, match=r"one batch size|for one sample alone"):
+        model(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("way", ["added", "einsum", "bmm", "similarity", "constant", "distance"])
+def test_what_is_skipped_has_its_gradient(way):
+    model, x = RowsOfItsOwn(way).double(), torch.randn(4, 3).double()
+    model(x).sin().sum().backward()
+    expected = {name: param.grad for name, param in model.named_parameters()}
+    model.zero_grad()
+    graphopt.transform(model, [TrueGrad(unsupported="skip")], compiler="eager")
+    model(x).sin().sum().backward()
+    for name, param in model.named_parameters():
+        torch.testing.assert_close(param.grad, expected[name])
