@@ -19,6 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+from torch import Tensor
 from torch.fx import GraphModule
 
 from graphopt.annotations import Key
@@ -107,6 +108,10 @@ class Pass(ABC):
     @abstractmethod
     def run(self, graph: CapturedGraph) -> PassResult:
         """Rewrite ``graph``, which is the pass's own copy, and return it; the same object if nothing applies."""
+
+    def selects(self, name: str, value: Tensor) -> bool:
+        """Whether the pass is asked to serve a trainable parameter; ``value`` may be fake."""
+        return True
 
     @property
     def skips_unsupported(self) -> bool:
@@ -253,8 +258,11 @@ def run_passes(graph: CapturedGraph, passes: Sequence[Pass]) -> tuple[CapturedGr
                 f"out with options={{'disable': ['{item.name}']}}, and please report the model"
             ) from error
         if not result.num_changed:
-            unchanged = dataclasses.replace(graph, output_sample_axes=result.graph.output_sample_axes)
-            result = dataclasses.replace(result, graph=unchanged)
+            axes = result.graph.output_sample_axes
+            same = axes == graph.output_sample_axes
+            result = dataclasses.replace(
+                result, graph=graph if same else dataclasses.replace(graph, output_sample_axes=axes)
+            )
         elapsed = time.perf_counter() - start
         records.append(PassRecord(item.name, result, graph.graph_module, result.graph.graph_module, elapsed))
         graph = result.graph

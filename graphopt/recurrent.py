@@ -71,7 +71,7 @@ def packed_error(what: str) -> UnsupportedError:
     return UnsupportedError(
         f"{what}, in which no axis counts samples. Pad instead: run the layer over the padded batch, and mask its output (or "
         "take output[arange(N), lengths - 1] for the last state). Or decorate the function that packs and runs it with "
-        "torch.compiler.disable: then its parameters have gradients, but no statistics"
+        "torch.compiler.disable: with TrueGrad(unsupported='skip') its parameters then have gradients, but no statistics"
     )
 
 

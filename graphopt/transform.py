@@ -8,13 +8,14 @@ import functools
 import time
 import types
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from graphopt import _compat
@@ -212,7 +213,7 @@ class Setup:
     def must_serve(self, name: str, param: nn.Parameter) -> bool:
         """Whether it is an error if this parameter gets no statistic."""
         strict = [item for item in self.passes if SUM_GRAD_SQUARED in item.provides and not item.skips_unsupported]
-        return any(getattr(item, "_selects", lambda name, value: True)(name, param) for item in strict)
+        return any(item.selects(name, param) for item in strict)
 
     def rewrite(
         self, graph_module: GraphModule, example_inputs: Sequence[Any], named: NamedTensors | None = None
@@ -390,7 +391,49 @@ class _Handle:
         return f"_Handle(passes={[item.name for item in self.setup.passes]}, {len(self.records)} graphs)"
 
 
-def _watch(model: nn.Module) -> None:
+def _refuse_uncaptured(model: nn.Module, outputs: Any, setup: Setup) -> None:
+    """Raise `UnsupportedError` for parameters that the outputs depend on, that no graph knows, and that must be served."""
+    missing = {
+        id(param): name
+        for name, param in _uncaptured(model, setup)
+        if setup.must_serve(name, cast(nn.Parameter, param))  # what may be skipped is only warned about
+    }
+    reached = _leaves(outputs) if missing else set()
+    if names := [name for key, name in missing.items() if key in reached]:
+        raise UnsupportedError(
+            f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''} of {type(model).__name__} would have gradients but no "
+            f"statistics: {'they are' if len(names) > 1 else 'it is'} used outside any captured graph, where packed sequences, "
+            "functions under torch.compiler.disable and code behind some graph breaks run (TORCH_LOGS=graph_breaks shows which). "
+            "Pad sequences instead of packing them, or remove the break. To train without these statistics, use "
+            "TrueGrad(unsupported='skip'), or leave the parameters out with TrueGrad(where=...)"
+        )
+
+
+def _leaves(outputs: Any) -> set[int]:
+    """Identities of the tensors that a backward pass from these would give gradients to."""
+    waiting = [value.grad_fn for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor)]
+    seen, found = set(), set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:  # AccumulateGrad
+            found.add(id(leaf))
+        waiting += [parent for parent, _ in node.next_functions]
+    return found
+
+
+def _uncaptured(model: nn.Module, setup: Setup) -> Iterator[tuple[str, Tensor]]:
+    """Trainable parameters that statistics are asked for, and that no graph has as an input."""
+    passes = [item for item in setup.passes if SUM_GRAD_SQUARED in item.provides]
+    for name, param in model.named_parameters():
+        known = param in _records_of or Statistic.name_in_graph(param) is not None
+        if param.requires_grad and param.is_leaf and not known and any(item.selects(name, param) for item in passes):
+            yield name, param
+
+
+def _watch(model: nn.Module, setup: Setup) -> None:
     """Warn when a parameter that no graph knows gets a gradient after all."""
     handles: list[Any] = []
 
@@ -406,14 +449,8 @@ def _watch(model: nn.Module) -> None:
                 stacklevel=2,
             )
 
-    for name, param in model.named_parameters():
-        if (
-            param.requires_grad
-            and param.is_leaf
-            and param not in _records_of
-            and Statistic.name_in_graph(param) is None
-        ):
-            handles.append(param.register_post_accumulate_grad_hook(functools.partial(warn, name=name)))
+    for name, param in _uncaptured(model, setup):
+        handles.append(param.register_post_accumulate_grad_hook(functools.partial(warn, name=name)))
 
 
 def _entry(
@@ -464,8 +501,9 @@ def _entry(
             and not (is_unit or watched)
             and torch.is_grad_enabled()
         ):
+            _refuse_uncaptured(model, outputs, setup)
             watched = True
-            _watch(model)
+            _watch(model, setup)
         return outputs
 
     return cast(Callable[..., Any], entry)

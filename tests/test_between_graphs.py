@@ -1,5 +1,7 @@
 """Tensors that are computed between two graphs, outside of any: nobody knows where their samples are, so nothing is guessed."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -96,8 +98,26 @@ class Packs(nn.Module):
         return nn.utils.rnn.pad_packed_sequence(output, batch_first=True)[0]
 
 
-def test_a_parameter_that_no_graph_uses_is_named_when_it_gets_a_gradient():
+def test_a_parameter_that_no_graph_uses_is_refused():
     model, x = graphopt.transform(Packs(), compiler="eager"), torch.randn(4, 5, 3)
+    for _ in range(2):
+        with pytest.raises(
+            UnsupportedError, match=r"layer\.weight_ih_l0, .* of Packs would have gradients.*packed sequences"
+        ):
+            model(x)
+    with torch.no_grad():
+        model(x)
+
+
+def test_a_parameter_that_no_graph_uses_is_not_asked_for():
+    model, x = graphopt.transform(Packs(), [TrueGrad(where="before.*")], compiler="eager"), torch.randn(4, 5, 3)
+    with warnings.catch_warnings(action="error", category=UncapturedParameter):
+        loss(model(x)).backward()
+    assert model.before.weight.sum_grad_squared is not None
+
+
+def test_a_parameter_that_no_graph_uses_is_named_when_it_gets_a_gradient():
+    model, x = graphopt.transform(Packs(), [TrueGrad(unsupported="skip")], compiler="eager"), torch.randn(4, 5, 3)
     with pytest.warns(
         UncapturedParameter, match=r"layer\.\w+ of Packs has a gradient but no statistics.*packed sequences"
     ):

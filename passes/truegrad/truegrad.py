@@ -207,7 +207,7 @@ class TrueGrad(Pass):
                 continue
             if described.kind is not InputKind.PARAMETER or not described.requires_grad:
                 continue
-            if self._selects(described.name, fake):
+            if self.selects(described.name, fake):
                 if fake.is_complex():
                     problems[described.name] = COMPLEX
                     rows.append(Coverage(described.name, tuple(fake.shape), Status.SKIPPED, COMPLEX))
@@ -219,7 +219,8 @@ class TrueGrad(Pass):
             raise UnsupportedError(_explain(problems))
         return tracked, rows
 
-    def _selects(self, name: str, value: Tensor) -> bool:
+    def selects(self, name: str, value: Tensor) -> bool:
+        """Whether ``where`` asks for a parameter."""
         if self.where is None:
             return True
         if callable(self.where):

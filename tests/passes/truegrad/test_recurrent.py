@@ -411,12 +411,18 @@ class Packed(nn.Module):
         return (state[0] if isinstance(state, tuple) else state)[0]
 
 
+def test_packed_inside_the_model_is_refused():
+    model = graphopt.transform(Packed("lstm"), compiler="aot_eager")
+    with pytest.raises(UnsupportedError, match=r"layer\.weight_ih_l0.*packed sequences.*Pad sequences"):
+        model(sequence(), torch.tensor([5, 3, 2, 4]))
+
+
 def test_packed_inside_the_model_has_no_statistics():
     """Dynamo breaks off at the packing: the layer runs outside any graph, and the report says so."""
     model = Packed("lstm")
     inputs = sequence(), torch.tensor([5, 3, 2, 4])
     plain = copy.deepcopy(model)
-    graphopt.transform(model, compiler="aot_eager")
+    graphopt.transform(model, [TrueGrad(unsupported="skip")], compiler="aot_eager")
     with pytest.warns(UncapturedParameter, match="of Packed has a gradient but no statistics"):
         model(*inputs).sum().backward()
     plain(*inputs).sum().backward()
