@@ -84,7 +84,7 @@ def _function(how: str) -> Any:
     import torch
 
     import graphopt.passes.truegrad.ops  # noqa: F401  # registers graphopt::sums
-    from graphopt.passes.truegrad import sums_kernel
+    from graphopt.passes.truegrad.ops import sums_kernel
 
     if how == "gradient":
         return lambda grad, input, norms: grad.flatten(0, 1).t() @ input.flatten(0, 1)
@@ -104,7 +104,7 @@ def _function(how: str) -> Any:
 
 def _plan(shape: list[int], dtype: str) -> dict[str, Any]:
     """How the kernel cuts up this shape here."""
-    from graphopt.passes.truegrad import sums_kernel
+    from graphopt.passes.truegrad.ops import sums_kernel
 
     grad, input = _tensors(shape, dtype)
     plan = sums_kernel.plan(grad, input)

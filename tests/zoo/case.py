@@ -37,7 +37,6 @@ class Case:
         dtype: float64 wherever the model can.
         dropout: the model draws random numbers: the oracle differentiates each sample's output in the model itself.
         slow: takes more than about ten seconds.
-        wrong: why the numbers are wrong, of a case that waits to be repaired; its test must fail until then.
     """
 
     name: str
@@ -56,7 +55,6 @@ class Case:
     dtype: torch.dtype = torch.float64
     dropout: bool = False
     slow: bool = False
-    wrong: str = ""
 
     def make(self, num: int = NUM_SAMPLES) -> tuple[nn.Module, dict[str, Any]]:
         """Model and batch, the same at every call."""

@@ -33,7 +33,8 @@ def by_sample(rows: Tensor, grouping: Sequence[int], trailing: int) -> Tensor:
     tail = rows.shape[rows.dim() - trailing :]
     if axis != 0 or not (isinstance(outer, int) and outer == 1):
         rows = rows.unflatten(axis, (outer, num, inner)).movedim(axis + 1, 0)
-    return rows.reshape(num, -1, *tail)
+    positions = 1 if isinstance(num, int) and num == 0 else -1  # of no sample there is no number
+    return rows.reshape(num, positions, *tail)
 
 
 def wide(rows: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from graphopt import _compat
-from graphopt.passes.truegrad import sums_kernel
+from graphopt.passes.truegrad.ops import sums_kernel
 from graphopt.passes.truegrad.ops.product import multiply
 
 # Bytes of per-sample gradients that exist at one time: small enough for the second-level cache of a CPU core, and on a GPU

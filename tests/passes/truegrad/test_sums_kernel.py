@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphopt.passes.truegrad import sums_kernel
-from graphopt.passes.truegrad.sums_kernel import Card, choose
+from graphopt.passes.truegrad.ops import sums_kernel
+from graphopt.passes.truegrad.ops.sums_kernel import Card, choose
 from tests.passes.truegrad import triton_process as other
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)

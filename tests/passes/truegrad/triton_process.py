@@ -62,7 +62,7 @@ def _unpack(content):
 
 def sums(grad, input, norms, multiprocessors=4):
     """What the kernel gives, cut up as for a card of that size."""
-    from graphopt.passes.truegrad import sums_kernel
+    from graphopt.passes.truegrad.ops import sums_kernel
 
     with patch.object(sums_kernel, "_card", lambda device: sums_kernel.Card((9, 0), multiprocessors)):
         return sums_kernel.triton_sums(grad, input, norms)
@@ -70,7 +70,7 @@ def sums(grad, input, norms, multiprocessors=4):
 
 def is_profitable(shape, inputs, dtype, multiprocessors=4, precision="ieee"):
     """For a gradient of that shape and a number of inputs."""
-    from graphopt.passes.truegrad import sums_kernel
+    from graphopt.passes.truegrad.ops import sums_kernel
 
     grad, input = torch.empty(shape, dtype=dtype), torch.empty((*shape[:2], inputs), dtype=dtype)
     torch.backends.cuda.matmul.fp32_precision = precision  # of this process alone
@@ -81,7 +81,7 @@ def is_profitable(shape, inputs, dtype, multiprocessors=4, precision="ieee"):
 def check_as_operator(grad, input, norms):
     """torch's own checks of an operator that is the kernel and nothing else, and a compiled function that calls it."""
     from graphopt.passes.truegrad.ops.sums import sums as registered
-    from graphopt.passes.truegrad.sums_kernel import triton_sums
+    from graphopt.passes.truegrad.ops.sums_kernel import triton_sums
 
     operator = torch.library.custom_op("graphopt_tests::triton_sums", triton_sums, mutates_args=())
     operator.register_fake(registered._abstract_fn)
@@ -96,7 +96,7 @@ def check_as_operator(grad, input, norms):
 
 def compile_tiles(capability, dtype, tf32, vectors, norms):
     """For each tile of that card: bytes of stack, loads that the loop leaves in flight, and names of matrix instructions."""
-    from graphopt.passes.truegrad import sums_kernel
+    from graphopt.passes.truegrad.ops import sums_kernel
 
     card = sums_kernel.Card(capability, 100)
     tiles = sums_kernel.candidates(card, (512, 1024, 1024), dtype, tf32=tf32, vectors=vectors)
@@ -128,7 +128,7 @@ def _compile(capability, element, constants, options):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from graphopt.passes.truegrad.sums_triton import sums_kernel
+    from graphopt.passes.truegrad.ops.sums_triton import sums_kernel
 
     types = {"grad": f"*{element}", "input": f"*{element}"} | dict.fromkeys(("total", "squares", "norms"), "*fp32")
     names = sums_kernel.arg_names

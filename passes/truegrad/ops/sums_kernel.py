@@ -3,7 +3,7 @@
 Legend: N samples, S positions of one sample, I in, O out.
 
 What it replaces, the chunked ``bmm``, writes the (N, O, I) per-sample products and reads them several times; the kernel keeps
-them in registers (`graphopt.passes.truegrad.sums_triton`). Per element of a product, with bfloat16 inputs on an H200, these
+them in registers (`graphopt.passes.truegrad.ops.sums_triton`). Per element of a product, with bfloat16 inputs on an H200, these
 should take (from its data sheet, not measured), at 600 TFLOP/s in matrix units, 33 T instructions/s outside and 4.8 TB/s:
 
     the product itself                                 S * 3.3e-15 s
@@ -285,7 +285,7 @@ def _triton_kernel() -> ModuleType | None:
         import triton  # noqa: F401  # an ImportError of our own module would be a bug
     except ImportError:
         return None
-    from graphopt.passes.truegrad import sums_triton
+    from graphopt.passes.truegrad.ops import sums_triton
 
     return sums_triton
 
