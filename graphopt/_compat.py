@@ -224,10 +224,26 @@ def onednn_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     on others.
     """
     eligible = input.device.type == "cpu" and input.dtype == weight.dtype == torch.float32
-    if eligible and torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled():
+    if eligible and uses_onednn():
         result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")
         return result
     return torch.nn.functional.linear(input, weight, bias)
+
+
+@contextmanager
+def quiet_vmap() -> Iterator[None]:
+    """Keep ``torch.func.vmap`` from warning that it takes an operator's samples one by one: no user can do anything about it."""
+    switch = vars(torch._C._functorch)["_set_vmap_fallback_warning_enabled"]
+    switch(False)
+    try:
+        yield
+    finally:
+        switch(True)
+
+
+def uses_onednn() -> bool:
+    """Whether torch was built with oneDNN, and may use it."""
+    return bool(torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled())
 
 
 def size_hint(shape_env: object, size: object) -> int:

@@ -137,7 +137,7 @@ class Editor:
     def inline(self, function: Callable[..., Any], *args: Node) -> Any:
         """Trace ``function`` over the nodes' values and insert what it does; returns nodes in the function's structure."""
         values = [argument.meta["val"] for argument in args]
-        with self.captured.fake_mode:
+        with self.captured.fake_mode, _compat.quiet_vmap():
             traced = _compat.make_fx(function)(*values)
         traced.graph.eliminate_dead_code()
         mapping: dict[Node, Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), args, strict=True))

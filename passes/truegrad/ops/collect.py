@@ -205,7 +205,8 @@ def _gradients_in_slices(
         if together:
             try:
                 batched = torch.func.vmap(torch.func.grad(pairing), in_dims=(None, dims))
-                each = batched(tuple(params), part)
+                with _compat.quiet_vmap():
+                    each = batched(tuple(params), part)
             except RuntimeError:  # an operator that vmap cannot batch; whatever is wrong otherwise shows below
                 if start > 0:
                     raise

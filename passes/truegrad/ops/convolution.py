@@ -160,7 +160,9 @@ def _samples_as_groups(grad: Tensor, input: Tensor, shape: Sequence[int], geomet
     widths = (shape[0] // geometry.groups, shape[1])
     if geometry.groups > 1 and max(widths) <= _NARROW:
         return _chunk(grad, math.prod(shape))
-    if grad.device.type != "cpu" or grad.dtype != torch.float32 or min(widths) < _LEAST_CHANNELS or not len(grad):
+    if grad.device.type != "cpu" or grad.dtype != torch.float32 or not _compat.uses_onednn():
+        return 0
+    if min(widths) < _LEAST_CHANNELS or not len(grad):
         return 0
     num = len(grad)
     size = (grad.numel() + input.numel()) // num + math.prod(shape)

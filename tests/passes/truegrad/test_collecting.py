@@ -172,6 +172,23 @@ def test_option():
         TrueGrad(max_bytes=0)
 
 
+class Twice(nn.Module):
+    """An operator that vmap takes one sample at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Bilinear(2, 2, 2)
+
+    def forward(self, x):
+        return self.inner(self.inner(x, x), x)
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_vmap_cannot_batch_is_no_reason_to_warn():
+    model = check(Twice(), (torch.randn(3, 2),), max_bytes=1)
+    assert is_sliced(rows(model)["inner.weight"])
+
+
 class RowsOfItsOwn(nn.Module):
     """A parameter, or a constant beside one, with a row for each sample: it fits one batch size only."""
 
