@@ -16,6 +16,7 @@ from graphopt.capture import CapturedGraph, InputKind
 from graphopt.errors import SampleAxisError
 from graphopt.inspect.location import describe
 from graphopt.passes.truegrad import axes, rules  # noqa: F401  register the axis rules
+from graphopt.passes.truegrad.axes.elementwise import broadcast
 from graphopt.passes.truegrad.axes.indexing import RAGGED_BAGS, counts_up
 from graphopt.passes.truegrad.sample_axis import (
     FREE,
@@ -127,7 +128,7 @@ class _Propagation:
         if rule is not None:
             axis = rule(node, value, self)
         elif is_pointwise(node.target):
-            axis = self._pointwise(node, value)
+            axis = broadcast(node, value.ndim, self)
         else:
             axis = Lost(node, f"{op} is not known to keep samples apart")
         if isinstance(axis, SampleAxis) and axis.axis >= value.ndim:
@@ -176,14 +177,6 @@ class _Propagation:
         own = axis - (value.ndim - copied.ndim)
         rows = shape_of(copied)[own] if own >= 0 else sympy.S.One
         return SampleAxis(axis, times[axis], self.sources[times[axis]], inner=rows)
-
-    def _pointwise(self, node: Node, value: Tensor) -> Layout:
-        found = {
-            layout.at(layout.axis + value.ndim - value_of(argument).ndim)
-            for argument in node.all_input_nodes
-            if isinstance(layout := self.layout(argument), SampleAxis)
-        }
-        return found.pop() if len(found) == 1 else Lost(node, "samples meet on different axes")
 
     def _refuse(self, node: Node, known: Sequence[SampleAxis]) -> None:
         names = [self.graph.inputs[position].name for position in sorted({layout.source[0] for layout in known})]

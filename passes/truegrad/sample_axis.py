@@ -15,7 +15,7 @@ A value is one of three kinds:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias, cast
 
@@ -107,6 +107,14 @@ def axis_rule(*names: str) -> Callable[[AxisRule], AxisRule]:
         return rule
 
     return register
+
+
+def agreed(found: Set[SampleAxis], node: Node) -> Layout:
+    """The layout of a result whose operands have these; `Lost` if they disagree."""
+    if len(found) == 1:
+        return next(iter(found))
+    places = {replace(layout, order=None, is_iota=False) for layout in found}
+    return Lost(node, "samples meet in different orders" if len(places) == 1 else "samples meet on different axes")
 
 
 def size_of(size: int | torch.SymInt) -> Size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.fx import Node
 
-from graphopt.passes.truegrad.sample_axis import Known, Layout, Lost, SampleAxis, axis_rule, value_of
+from graphopt.passes.truegrad.sample_axis import Known, Layout, Lost, SampleAxis, agreed, axis_rule, value_of
 
 _ELEMENTWISE = (
     "absolute arccos arccosh arcsin arcsinh arctan arctan2 arctanh bucketize complex conj _conj divide exponential fill fix "
@@ -43,4 +43,4 @@ def broadcast(node: Node, ndim: int, known: Known) -> Layout:
         for argument in node.all_input_nodes
         if isinstance(layout := known.layout(argument), SampleAxis)
     }
-    return found.pop() if len(found) == 1 else Lost(node, "samples meet on different axes")
+    return agreed(found, node)

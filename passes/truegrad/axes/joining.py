@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from graphopt.passes.truegrad.axes.elementwise import broadcast
 from graphopt.passes.truegrad.axes.indexing import index as index_rule
 from graphopt.passes.truegrad.axes.indexing import row_numbers, selected
 from graphopt.passes.truegrad.sample_axis import (
@@ -183,12 +184,7 @@ def copy(node: Node, value: Tensor, known: Known) -> Layout:
     source = known.layout(node.args[1])
     if isinstance(source, Lost):
         return source
-    found = {
-        layout.at(layout.axis + value.ndim - value_of(argument).ndim)
-        for argument in node.all_input_nodes
-        if isinstance(layout := known.layout(argument), SampleAxis)
-    }
-    return found.pop() if len(found) == 1 else Lost(node, "samples meet on different axes")
+    return broadcast(node, value.ndim, known)
 
 
 def _joined(node: Node, value: Tensor, known: Known, dim: int) -> Layout:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from graphopt.passes.truegrad.equation import PRODUCTS, Equation, equation_of
-from graphopt.passes.truegrad.sample_axis import Known, Layout, Lost, SampleAxis, axis_rule, value_of
+from graphopt.passes.truegrad.sample_axis import Known, Layout, Lost, SampleAxis, agreed, axis_rule, value_of
 
 
 @axis_rule(*PRODUCTS)
@@ -44,7 +44,7 @@ def _follow(node: Node, value: Tensor, known: Known, equation: Equation) -> Layo
     summand = known.layout(equation.summand)
     if isinstance(summand, SampleAxis):
         found.add(summand.at(summand.axis + value.ndim - value_of(equation.summand).ndim))
-    return found.pop() if len(found) == 1 else Lost(node, "samples meet on different axes")
+    return agreed(found, node)
 
 
 @axis_rule("scaled_dot_product_attention", "_scaled_dot_product_attention_math", "_scaled_dot_product_flash_attention",

@@ -8,6 +8,7 @@ from typing import cast
 from torch import Tensor
 from torch.fx import Node
 
+from graphopt.passes.truegrad.axes.elementwise import broadcast
 from graphopt.passes.truegrad.sample_axis import (
     Known,
     Layout,
@@ -26,12 +27,7 @@ def reduction(node: Node, value: Tensor, known: Known) -> Layout:
     layout = known.layout(node.args[0])
     second = node.args[1] if len(node.args) > 1 else None
     if isinstance(second, Node) and isinstance(second.meta.get("val"), Tensor):
-        found = {
-            own.at(own.axis + value.ndim - value_of(argument).ndim)
-            for argument in node.all_input_nodes
-            if isinstance(own := known.layout(argument), SampleAxis)
-        }
-        return found.pop() if len(found) == 1 else Lost(node, "samples meet on different axes")
+        return broadcast(node, value.ndim, known)
     if not isinstance(layout, SampleAxis):
         return Lost(node, "samples enter only a part")
     before = value_of(node.args[0]).ndim

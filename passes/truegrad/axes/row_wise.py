@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import Tensor
 from torch.fx import Node
 
+from graphopt.passes.truegrad.axes.elementwise import broadcast
 from graphopt.passes.truegrad.axes.reductions import named_axes
 from graphopt.passes.truegrad.sample_axis import (
     Known,
@@ -55,7 +56,7 @@ def row_wise(node: Node, value: Tensor, known: Known) -> Layout:
     first: Any = node.args[0]
     layout = known.layout(first)
     if not isinstance(layout, SampleAxis):
-        return _beside(node, value, known)
+        return broadcast(node, value.ndim, known)  # they enter through another argument: a mask, a slope for each
     axes = named_axes(node, _ALONG.get(op), value.ndim)
     if op in _LAST_BY_DEFAULT and axes is None:
         axes = [value.ndim - 1]
@@ -101,13 +102,3 @@ def losses(node: Node, value: Tensor, known: Known) -> Layout:
     if isinstance(layout, SampleAxis) and 0 < value.ndim > layout.axis:
         return layout
     return Lost(node, "a loss over all samples")
-
-
-def _beside(node: Node, value: Tensor, known: Known) -> Layout:
-    """Samples enter through another argument than the first: a mask that is filled in, a slope for each of them."""
-    found = {
-        layout.at(layout.axis + value.ndim - value_of(argument).ndim)
-        for argument in node.all_input_nodes
-        if isinstance(layout := known.layout(argument), SampleAxis)
-    }
-    return found.pop() if len(found) == 1 else Lost(node, "samples meet on different axes")

@@ -160,10 +160,10 @@ def test_layouts(function, expected):
         "softmax": (lambda x: x.softmax(0), "softmax works across samples"),
         "cumsum": (lambda x: x.cumsum(0), "cumsum works across samples"),
         "reordered, some of them": (lambda x: x[torch.arange(x.shape[0] - 1)], "samples are reordered"),
-        "reordered and not": (lambda x: x + x[torch.randperm(x.shape[0])], "samples meet on different axes"),
+        "reordered and not": (lambda x: x + x[torch.randperm(x.shape[0])], "samples meet in different orders"),
         "reordered twice": (
             lambda x: x[torch.randperm(x.shape[0])] + x[torch.randperm(x.shape[0])],
-            "samples meet on different axes",
+            "samples meet in different orders",
         ),
         "masked": (lambda x: x[x[:, 0, 0] > 0], "mask"),
         "end to end": (lambda x: torch.cat([x, x.new_ones(2, 3, 5)]), "end to end"),
