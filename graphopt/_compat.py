@@ -5,6 +5,7 @@ clear message, rather than later with an unexplained one.
 """
 
 import importlib
+import logging
 import re
 import sys
 import types
@@ -228,6 +229,17 @@ def onednn_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
         result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")
         return result
     return torch.nn.functional.linear(input, weight, bias)
+
+
+@contextmanager
+def quiet_fake_tensors() -> Iterator[None]:
+    """Keep `FakeTensorMode` from logging the errors that it raises."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 @contextmanager

@@ -282,16 +282,25 @@ def describe_inputs(
 
 def _with_samples_between(described: Sequence[Input], values: Sequence[Any], axis: int) -> list[Input]:
     """What was computed between two graphs, with its samples where the user says that they are."""
-    known = {v.shape[i.sample_axis] for i, v in zip(described, values, strict=True) if i.sample_axis is not None}
-    found = []
-    for item, value in zip(described, values, strict=True):
-        if item.kind is InputKind.BETWEEN and item.requires_grad:
-            item = replace(item, kind=InputKind.SAMPLES, sample_axis=_checked_axis(value, axis, item.name))
-        elif item.kind is InputKind.BETWEEN and -value.ndim <= axis < value.ndim:
-            if not known or value.shape[axis] in known:
-                item = replace(item, kind=InputKind.SAMPLES, sample_axis=axis % value.ndim)
-        found.append(item)
-    return found
+    between = [item.kind is InputKind.BETWEEN for item in described]
+    for item, value, is_between in zip(described, values, between, strict=True):
+        if is_between and item.requires_grad and not -value.ndim <= axis < value.ndim:
+            raise OptionError(
+                f"sample_axis_between_graphs={axis}, but {item.name}, which was computed between two graphs, has shape "
+                f"{tuple(value.shape)}. Give an axis that all such tensors have, or remove the graph break"
+            )
+    known = {
+        value.shape[axis if is_between else item.sample_axis]
+        for item, value, is_between in zip(described, values, between, strict=True)
+        if item.sample_axis is not None or (is_between and item.requires_grad)
+    }
+    return [
+        replace(item, kind=InputKind.SAMPLES, sample_axis=axis % value.ndim)
+        if is_between
+        and (item.requires_grad or (-value.ndim <= axis < value.ndim and (not known or value.shape[axis] in known)))
+        else item
+        for item, value, is_between in zip(described, values, between, strict=True)
+    ]
 
 
 def _is_between(value: Tensor, named: NamedTensors) -> bool:

@@ -212,6 +212,32 @@ class Tables(nn.Module):
         return self.linear(x) * (self.table(x) * self.scale).cos()
 
 
+class TablesBehindABreak(Tables):
+    """The samples come from eager code as well."""
+
+    @torch.compiler.disable
+    def enter(self, x):
+        return torch.tanh(self.linear(x))
+
+    def forward(self, x):
+        return self.enter(x) * (self.table(x) * self.scale).cos()
+
+
+def test_a_table_is_no_batch_beside_samples_from_eager_code():
+    model, x = TablesBehindABreak().double(), torch.randn(4, 5, 3).double()
+    expected = loop_over_samples(model, (x,), loss, reduction="sum")
+    options = {"sample_axis_between_graphs": 0}
+    graphopt.transform(model, [TrueGrad(where="scale")], compiler="eager", options=options)
+    loss(model(x)).backward()
+    torch.testing.assert_close(model.scale.sum_grad_squared, expected["scale"].sum_grad_squared)
+
+
+def test_an_axis_that_a_tensor_does_not_have():
+    model = graphopt.transform(Selects(), compiler="eager", options={"sample_axis_between_graphs": 2})
+    with pytest.raises(OptionError, match=r"sample_axis_between_graphs=2, but .* has shape \(\d+, 3\)"):
+        model(torch.randn(4, 5, 3))
+
+
 def test_a_table_is_no_batch():
     """What has other rows than the batch holds no samples, whatever the option says."""
     model, x = Tables().double(), torch.randn(4, 5, 3).double()

@@ -5,10 +5,8 @@ For parameters whose per-sample gradients would not fit into memory all at once,
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -114,7 +112,7 @@ def _try_on_one_sample(program: Program, nodes: Sequence[Node], context: Any) ->
             shape[layout.axis] = context.hint(layout.outer * layout.inner)
         return torch.empty(shape, dtype=fake.dtype, device=fake.device)
 
-    with _compat.FakeTensorMode(), _quiet():
+    with _compat.FakeTensorMode(), _compat.quiet_fake_tensors():
         expected = [one(node) for node in nodes]
         try:
             found = compiled(program.text)(None, *map(one, [*program.params, *program.operands]))
@@ -132,17 +130,6 @@ def _try_on_one_sample(program: Program, nodes: Sequence[Node], context: Any) ->
         if own.dtype != wanted.dtype:
             return Refused(f"{describe(node)} gives {own.dtype} for one sample instead of {wanted.dtype}")
     return None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from logging what it raises."""
-    logger = logging.getLogger(_compat.FakeTensorMode.__module__)
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _emit(
