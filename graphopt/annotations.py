@@ -45,6 +45,7 @@ class Key(Generic[Value]):
         doc: the definition, in one sentence.
         degree: the value is multiplied by ``|c| ** degree`` when the gradient is multiplied by ``c``.
         derive: computes the value from others, for keys that no pass publishes.
+        is_lasting: the value belongs to the parameter itself rather than to its gradient (`attach`).
     """
 
     name: str
@@ -54,6 +55,7 @@ class Key(Generic[Value]):
     doc: str
     degree: int = 0
     derive: Callable[[Tensor], Value | None] | None = None
+    is_lasting: bool = False
 
 
 SUM_GRAD_SQUARED: Key[Tensor] = Key(
@@ -122,6 +124,31 @@ GRAD_SNR: Key[Tensor] = Key(
     "where all samples agree, 0 where the gradient is 0.",
     derive=_grad_snr,
 )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Which layer owns a parameter, and where its value is.
+
+    Attributes:
+        index: number of the region that uses the parameter first, from 0.
+        layer: module path of the region, or a word for what lies between layers.
+        store: ``"device"``, ``"cpu"`` or ``"disk"``.
+    """
+
+    index: int
+    layer: str
+    store: str = "device"
+
+
+STAGE: Key[Stage] = Key(
+    name="stage",
+    shape="()",
+    unit="none",
+    provider="the pass LayerToLayer: graphopt.transform(model)",
+    doc="The region of the graph that owns the parameter, once the model has been called; it stays until it is set anew.",
+    is_lasting=True,
+)
 KEYS: tuple[Key[Any], ...] = (
     SUM_GRAD_SQUARED,
     NUM_SAMPLES,
@@ -129,6 +156,7 @@ KEYS: tuple[Key[Any], ...] = (
     SUM_POSITION_GRAD_SQUARED,
     GRAD_VARIANCE,
     GRAD_SNR,
+    STAGE,
 )
 
 
@@ -145,6 +173,7 @@ class _Record:
 
 
 _records: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_lasting: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> {name of a lasting key: value}
 
 
 def get(param: Tensor, key: Key[Value]) -> Value:
@@ -163,9 +192,9 @@ def get(param: Tensor, key: Key[Value]) -> Value:
     """
     value = find(param, key)
     if value is None:
+        when = "from the first call of the model on" if key.is_lasting else "between backward() and the zero_grad() that follows"
         raise MissingAnnotation(
-            f"a parameter of shape {tuple(param.shape)} has no {key.name}; it is provided by {key.provider}, "
-            "and exists between backward() and the zero_grad() that follows"
+            f"a parameter of shape {tuple(param.shape)} has no {key.name}; it is provided by {key.provider}, and exists {when}"
         )
     return value
 
@@ -174,6 +203,8 @@ def find(param: Tensor, key: Key[Value]) -> Value | None:
     """Like `get`, but ``None`` where nothing is published."""
     if key.derive is not None:
         return key.derive(param)
+    if key.is_lasting:
+        return cast("Value | None", _lasting.get(param, {}).get(key.name))
     reconcile([param])
     record = cast("_Record | None", _records.get(param))
     if record is None or key.name not in record.values:
@@ -218,6 +249,18 @@ def publish(
     record.on_rescale, record.problem = on_rescale, problem
     record.probes, record.norm = _fingerprint(param.grad)
     _records[param] = record
+
+
+def attach(param: Tensor, key: Key[Value], value: Value) -> None:
+    """Set a lasting annotation; ``zero_grad`` does not touch it.
+
+    Args:
+        param: the parameter.
+        key: one of `KEYS` with ``is_lasting``.
+        value: replaces what was there.
+    """
+    assert key.is_lasting, key.name
+    _lasting.setdefault(param, {})[key.name] = value
 
 
 def clear(params: Iterable[Tensor]) -> None:
@@ -290,6 +333,8 @@ def expose(kind: type[Tensor] = torch.nn.Parameter) -> None:
 def _attribute(key: Key[Any]) -> property:
     def read(param: Tensor) -> Any:
         value = find(param, key)
+        if value is None and key.is_lasting:
+            raise AttributeError(f"no {key.name} before the model has been called; it is provided by {key.provider}")
         if value is None:
             raise AttributeError(f"no {key.name} since the gradient was last cleared; it is provided by {key.provider}")
         return value
@@ -297,6 +342,8 @@ def _attribute(key: Key[Any]) -> property:
     def write(param: Tensor, value: Any) -> None:
         if key.derive is not None:
             raise AttributeError(f"{key.name} is computed from other annotations and cannot be assigned")
+        if key.is_lasting:
+            raise AttributeError(f"{key.name} says what a pass has done and cannot be assigned")
         record = cast("_Record | None", _records.get(param))
         if record is None:
             record = _Record()

@@ -1,4 +1,4 @@
-"""Hand a rewritten graph to a compiler."""
+"""Hand a rewritten graph to a compiler: whole, or region by region, each distinct one once."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from graphopt import _compat
 from graphopt.capture import CapturedGraph
 from graphopt.errors import OptionError
 from graphopt.pipeline import Pass
+from graphopt.regions import Region, has_boundaries, split
+from graphopt.runtime.region_program import RegionProgram
 
 Compiler = Literal["inductor", "aot_eager", "eager"]
 
@@ -37,16 +39,42 @@ def compile_graph(
     Returns:
         A function of the graph's inputs, flat and in order.
     """
+    if has_boundaries(graph):
+        regions = split(graph)
+        return RegionProgram(graph, regions, compile_regions(regions, compiler, passes, config))
+    return _compile_one(graph.copy().graph_module, graph.fake_inputs, compiler, passes, config)
+
+
+def compile_regions(
+    regions: Sequence[Region], compiler: str, passes: Sequence[Pass] = (), config: Mapping[str, Any] | None = None
+) -> dict[str, Callable[..., Any]]:
+    """Compile each distinct region once; other arguments as in `compile_graph`.
+
+    Returns:
+        For each structure a function of a region's inputs that returns the list of its outputs.
+    """
+    compiled: dict[str, Callable[..., Any]] = {}
+    for region in regions:
+        if region.structure not in compiled:
+            compiled[region.structure] = _compile_one(
+                region.graph_module, region.fake_inputs, compiler, passes, config
+            )
+    return compiled
+
+
+def _compile_one(
+    module: GraphModule, fake_inputs: Sequence[Any], compiler: str, passes: Sequence[Pass], config: Mapping[str, Any] | None
+) -> Callable[..., Any]:
+    """``module`` becomes the compiler's own."""
     if compiler == "eager":
-        return Interpreter(graph.graph_module).run
-    module = graph.copy().graph_module  # compilers take ownership
+        return Interpreter(module).run
     with _compat.disable_autocast():  # the casts are nodes already
         if compiler == "aot_eager":
             from torch._dynamo.backends.registry import lookup_backend
 
-            return lookup_backend("aot_eager")(module, graph.fake_inputs)
+            return lookup_backend("aot_eager")(module, list(fake_inputs))
         settings = {"post_grad_custom_pre_pass": _cache_key(tuple(item.uuid for item in passes)), **(config or {})}
-        return _compat.compile_fx(module, graph.fake_inputs, config_patches=settings)  # type: ignore[return-value]
+        return _compat.compile_fx(module, list(fake_inputs), config_patches=settings)  # type: ignore[return-value]
 
 
 def compile_unlowered(

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from graphopt import _compat
-from graphopt.annotations import SUM_GRAD_SQUARED
+from graphopt.annotations import STAGE, SUM_GRAD_SQUARED
 from graphopt.capture import (
     CapturedGraph,
     Input,
@@ -37,6 +37,7 @@ from graphopt.capture import (
 from graphopt.compilation import check_compiler, compile_graph, compile_unlowered
 from graphopt.errors import GraphoptError, OptionError, UncapturedCall, UncapturedParameter, UnsupportedError
 from graphopt.pipeline import Coverage, Pass, Record, Status, resolve_passes, run_passes
+from graphopt.regions import stages_of
 from graphopt.runtime import data_parallel, fully_sharded
 from graphopt.runtime.bound_graph import BoundGraph, UnboundGraph
 from graphopt.runtime.statistics import Statistic
@@ -51,9 +52,9 @@ _records_of: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> records
 
 def default_passes() -> list[Pass]:
     """The passes that run when none are given."""
-    from graphopt.passes import TrueGrad
+    from graphopt.passes import LayerToLayer, TrueGrad
 
-    return [TrueGrad()]
+    return [TrueGrad(), LayerToLayer()]
 
 
 def transform(
@@ -273,7 +274,10 @@ class Setup:
             bound = UnboundGraph(compile_unlowered(graph_module, example_inputs, self.compiler, self.config))
         else:
             rewritten = graph
-            bound = BoundGraph(graph, lambda: compile_graph(rewritten, self.compiler, self.passes, self.config))
+            stages = stages_of(graph) if any(STAGE in item.provides for item in self.passes) else None
+            bound = BoundGraph(
+                graph, lambda: compile_graph(rewritten, self.compiler, self.passes, self.config), stages=stages
+            )
         record.seconds["compile"] = time.perf_counter() - start
         if keep is not None:
             keep(record)

@@ -125,11 +125,12 @@ def test_load_state_dict_after_transform(assert_exact):
 
 
 def test_default_passes_and_names():
-    for passes in (None, ["truegrad"], [TrueGrad()], (TrueGrad(),)):
+    given = {None: ["truegrad", "layer_to_layer"], ("truegrad",): ["truegrad"], (TrueGrad(),): ["truegrad"]}
+    for passes, names in given.items():
         model = graphopt.transform(mlp(), passes, compiler="aot_eager")
         loss(model, data()).backward()
         assert not without_statistics(model)
-        assert [item.name for record in graphopt.records(model) for item in record.passes] == ["truegrad"]
+        assert [item.name for record in graphopt.records(model) for item in record.passes] == names
 
 
 def test_no_passes():

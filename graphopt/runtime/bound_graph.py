@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import sympy
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graphopt import _compat
-from graphopt.annotations import SAMPLE_GRAD_NORM, expose
+from graphopt.annotations import SAMPLE_GRAD_NORM, STAGE, Stage, attach, expose
 from graphopt.capture import CapturedGraph, InputKind, set_sample_axis
 from graphopt.runtime import data_parallel
 from graphopt.runtime.statistics import Entry, Statistic, enter_backward
@@ -27,6 +27,7 @@ class BoundGraph:
         graph: CapturedGraph,
         compile_graph: Callable[[], Callable[..., Any]],
         name_call: Callable[[], str] | None = None,
+        stages: Mapping[int, Stage] | None = None,
     ) -> None:
         identity = _compat.CompileContext.current_compile_id()
         frame = str(
@@ -41,7 +42,9 @@ class BoundGraph:
         ]
         self._names = [described.name for described in graph.inputs]
         self._output_axes = graph.output_sample_axes
-        if companions:
+        self._stages = dict(stages or {})
+        self._staged: Tensor | None = None  # the parameter that the stages were last attached to
+        if companions or self._stages:
             expose()
         self._compiled = compile_graph()  # last: compilers rename the symbols that the counts are written in
 
@@ -50,6 +53,7 @@ class BoundGraph:
         BoundGraph.num_calls += 1
         if self._companions:
             data_parallel.enter_forward()
+        self._attach_stages(args)
         companions, entries = self._bind(args)
         if _compat.is_any_autocast_enabled():
             with _compat.disable_autocast():
@@ -61,6 +65,14 @@ class BoundGraph:
         if entries and torch.is_grad_enabled():
             self._await_backward(entries, outputs)
         return outputs
+
+    def _attach_stages(self, args: Sequence[Any]) -> None:
+        first = next(iter(self._stages), None)
+        if first is None or args[first] is self._staged:
+            return
+        self._staged = args[first]  # equal modules behind a graph break share a graph, with parameters of their own
+        for position, stage in self._stages.items():
+            attach(args[position], STAGE, stage)
 
     def _bind(self, args: Sequence[Any]) -> tuple[list[Tensor], list[Entry]]:
         """The companions in order, and what is to be told about each parameter when backward comes."""
