@@ -15,4 +15,5 @@ from graphopt.nn.patching import patch_model as patch_model
 from graphopt.nn.patching import patch_torch as patch_torch
 from graphopt.transform import records as records
 from graphopt.transform import restore as restore
+from graphopt.transform import stream as stream
 from graphopt.transform import transform as transform

@@ -24,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from graphopt import _compat
 from graphopt.errors import MissingAnnotation, OptionError, StaleAnnotation
+from graphopt.runtime.stores.stored_tensor import StoredTensor
 
 Value = TypeVar("Value")
 
@@ -169,6 +170,7 @@ class _Record:
     norm: Tensor | None = None  # Euclidean norm of p.grad then, where the probes say nothing (all zero)
     on_clear: Callable[[], None] | None = None  # lets the runtime drop its own reference to the statistic
     on_rescale: Callable[[Tensor], None] | None = None  # lets the runtime rescale what it has not published yet
+    stored: tuple[StoredTensor, int] | None = None  # p.grad then, and its version, where reading it is expensive
     problem: str | None = None  # why the values must not be used
 
 
@@ -247,8 +249,30 @@ def publish(
     values |= {key.name: value for key, value in (others or {}).items()}
     record = _Record(values, on_clear=on_clear)
     record.on_rescale, record.problem = on_rescale, problem
-    record.probes, record.norm = _fingerprint(param.grad)
+    if isinstance(param.grad, StoredTensor):
+        record.stored = param.grad, param.grad.version
+    else:
+        record.probes, record.norm = _fingerprint(param.grad)
     _records[param] = record
+
+
+def before_change(param: Tensor) -> None:
+    """A gradient that is in a store is about to be changed: remember what it is now, to see by how much it is rescaled."""
+    record = cast("_Record | None", _records.get(param))
+    if record is not None and record.probes is None and record.stored is not None:
+        record.probes, record.norm = _fingerprint(record.stored[0].load())
+
+
+def take(param: Tensor) -> Any:
+    """Take away what is published for a parameter, for `give_back`; its runtime is not told."""
+    return _records.pop(param, None)
+
+
+def give_back(param: Tensor, taken: Any) -> None:
+    """Publish again what `take` returned, in the place of whatever was published meanwhile."""
+    _records.pop(param, None)
+    if taken is not None:
+        _records[param] = taken
 
 
 def attach(param: Tensor, key: Key[Value], value: Value) -> None:
@@ -288,6 +312,8 @@ def reconcile(params: Iterable[Tensor]) -> None:
             continue
         if param.grad is None:
             gone.append(param)
+        elif record.stored is not None and _is_as_stored(param, record):
+            continue
         elif record.probes is not None and not torch.equal(_probe(param.grad), record.probes):
             changed.append((param, record))
         elif record.norm is not None and not torch.equal(_norm(param.grad), record.norm):
@@ -328,6 +354,23 @@ def expose(kind: type[Tensor] = torch.nn.Parameter) -> None:
     for key in KEYS:
         if key.name not in vars(kind):
             setattr(kind, key.name, _attribute(key))
+
+
+def _is_as_stored(param: Tensor, record: _Record) -> bool:
+    """Whether a gradient in a store is the one that was published; if not, there is something to compare it with."""
+    assert record.stored is not None
+    grad, version = record.stored
+    if param.grad is grad and grad.version == version:
+        return True
+    if record.probes is None and grad.version == version:
+        before_change(param)
+    if record.probes is None:
+        record.problem = (
+            f"p.grad of a parameter of shape {tuple(param.shape)} was changed in its store, so its sum_grad_squared no longer "
+            "belongs to it"
+        )
+        raise StaleAnnotation(record.problem)
+    return False
 
 
 def _attribute(key: Key[Any]) -> property:
@@ -406,3 +449,5 @@ def _follow(param: Tensor, record: _Record) -> None:
     if record.on_rescale is not None:
         record.on_rescale(factor)
     record.probes, record.norm = _fingerprint(param.grad)
+    if record.stored is not None and isinstance(param.grad, StoredTensor):
+        record.stored, record.probes, record.norm = (param.grad, param.grad.version), None, None

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import sympy
 import torch
@@ -35,6 +35,10 @@ from graphopt.annotations import Key
 from graphopt.errors import GraphoptError, OptionError, UnsupportedError
 from graphopt.inspect.location import describe, plain_name
 from graphopt.recurrent import LOWERED, lower_recurrent, opaque_layers, packed_error
+from graphopt.runtime.streaming.slots import is_husk
+
+if TYPE_CHECKING:
+    from graphopt.regions import MicroBatches
 
 SampleAxisOption = int | None | Mapping[str, int | None]
 
@@ -91,6 +95,7 @@ class CapturedGraph:
         grad_enabled: whether the graph is entered with gradients enabled.
         output_sample_axes: the axis of each output that counts samples, or ``None``, as far as a pass has found out; graphs
             behind a graph break read it off the tensors.
+        micro_batches: how the regions of a graph that is streamed cut the batch, if they do.
     """
 
     graph_module: GraphModule
@@ -99,6 +104,7 @@ class CapturedGraph:
     fake_mode: _compat.FakeTensorMode
     grad_enabled: bool = True
     output_sample_axes: tuple[int | None, ...] | None = None
+    micro_batches: MicroBatches | None = None
 
     @property
     def placeholders(self) -> list[Node]:
@@ -115,13 +121,8 @@ class CapturedGraph:
         """A graph that a pass may change; nodes are new, fake values are shared."""
         graph_module = GraphModule(self.graph_module, copy.deepcopy(self.graph_module.graph))
         graph_module.meta = dict(self.graph_module.meta)
-        return CapturedGraph(
-            graph_module,
-            list(self.inputs),
-            list(self.fake_inputs),
-            self.fake_mode,
-            self.grad_enabled,
-            self.output_sample_axes,
+        return replace(
+            self, graph_module=graph_module, inputs=list(self.inputs), fake_inputs=list(self.fake_inputs)
         )
 
     def __repr__(self) -> str:
@@ -340,6 +341,10 @@ def lower(graph_module: GraphModule, inputs: list[Input]) -> CapturedGraph:
     fakes = [node.meta["example_value"] for node in graph_module.graph.find_nodes(op="placeholder")]
     fake_mode = next((f.fake_mode for f in fakes if isinstance(f, _compat.FakeTensor)), None)
     fake_mode = fake_mode or _compat.FakeTensorMode()
+    fakes = [
+        _with_memory(fake, fake_mode) if described.kind is InputKind.PARAMETER else fake
+        for described, fake in zip(inputs, fakes, strict=True)
+    ]
     _join_sample_sizes(inputs, fakes)
     interpreter = _Lowering(graph_module)
     with fake_mode, torch.fx.traceback.preserve_node_meta(), _fresh_autocast_cache():
@@ -361,6 +366,14 @@ def lower(graph_module: GraphModule, inputs: list[Input]) -> CapturedGraph:
     _make_autocast_explicit(lowered.graph)
     lowered.recompile()
     return CapturedGraph(lowered, list(inputs), list(fakes), fake_mode, torch.is_grad_enabled())
+
+
+def _with_memory(fake: Tensor, fake_mode: _compat.FakeTensorMode) -> Tensor:
+    """A parameter that is streamed stands in the model as one number, expanded; its graph gets it whole."""
+    if not is_husk(fake):
+        return fake
+    with fake_mode:
+        return torch.empty(fake.shape, dtype=fake.dtype, device=fake.device).requires_grad_(fake.requires_grad)
 
 
 def _check_constants(lowered: GraphModule) -> None:

@@ -13,8 +13,10 @@ from graphopt import _compat
 from graphopt.capture import CapturedGraph
 from graphopt.errors import OptionError
 from graphopt.pipeline import Pass
-from graphopt.regions import Region, has_boundaries, split
+from graphopt.regions import Region, has_boundaries, split, stages_of
 from graphopt.runtime.region_program import RegionProgram
+from graphopt.runtime.streaming.stream import Stream
+from graphopt.runtime.streaming.streamed_graph import StreamedGraph
 
 Compiler = Literal["inductor", "aot_eager", "eager"]
 
@@ -43,6 +45,15 @@ def compile_graph(
         regions = split(graph)
         return RegionProgram(graph, regions, compile_regions(regions, compiler, passes, config))
     return _compile_one(graph.copy().graph_module, graph.fake_inputs, compiler, passes, config)
+
+
+def stream_graph(
+    graph: CapturedGraph, stream: Stream, compiler: str, passes: Sequence[Pass] = (), config: Mapping[str, Any] | None = None
+) -> StreamedGraph:
+    """Compile a graph's regions and bind them to the store of a model; other arguments as in `compile_graph`."""
+    regions = split(graph)
+    compiled = compile_regions(regions, compiler, passes, config)
+    return StreamedGraph(graph, regions, compiled, stream, stages_of(graph, stream.options.store))
 
 
 def compile_regions(

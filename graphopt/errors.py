@@ -29,6 +29,14 @@ class StaleAnnotation(GraphoptError, RuntimeError):
     """``p.grad`` was changed in a way that its annotations cannot follow, so the pair no longer belongs together."""
 
 
+class StoreError(GraphoptError, RuntimeError):
+    """A store of weights cannot be opened, read, written or made durable; what was last committed is as it was."""
+
+
+class StreamError(GraphoptError, RuntimeError):
+    """A model whose layers are streamed was used in a way that its store cannot follow."""
+
+
 class UncapturedParameter(UserWarning):
     """A parameter got a gradient outside any captured graph, so it has no statistics: the text names it."""
 

@@ -16,8 +16,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -26,6 +27,9 @@ from graphopt.annotations import Key
 from graphopt.capture import CapturedGraph
 from graphopt.errors import GraphoptError, OptionError, PassError
 from graphopt.inspect.location import operator_name
+
+if TYPE_CHECKING:
+    from graphopt.runtime.streaming.options import Streaming
 
 _passes: dict[str, type[Pass]] = {}
 
@@ -85,12 +89,14 @@ class Pass(ABC):
         requires: annotations that a pass before it must provide.
         provides: annotations that the rewritten graph will provide.
         changes_numerics: whether the model's outputs may change.
+        must_be_last: whether no pass may stand behind it.
     """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[Key[Any]]] = frozenset()
     provides: ClassVar[frozenset[Key[Any]]] = frozenset()
     changes_numerics: ClassVar[bool]
+    must_be_last: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -117,6 +123,11 @@ class Pass(ABC):
     def skips_unsupported(self) -> bool:
         """Whether a graph that cannot even be captured may run without the pass, with rows in the report that say so."""
         return False
+
+    @property
+    def streaming(self) -> Streaming | None:
+        """How the graph's regions are streamed, for the pass that makes them."""
+        return None
 
     @property
     def uuid(self) -> str:
@@ -228,6 +239,9 @@ def resolve_passes(passes: Sequence[Pass | str], disable: Sequence[str] = ()) ->
         if missing := sorted(key.name for key in item.requires - provided):
             raise OptionError(f"the pass {item.name!r} requires {missing}, which no pass before it provides")
         provided |= item.provides
+    for item, behind in pairwise(resolved):
+        if item.must_be_last:
+            raise OptionError(f"the pass {item.name!r} must be the last one, and {behind.name!r} stands behind it")
     return resolved
 
 

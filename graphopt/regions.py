@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import sympy
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
@@ -60,6 +61,29 @@ class Region:
 
     def __repr__(self) -> str:
         return f"Region({self.stage}, {self.layer}, {len(self.graph_module.graph.nodes)} nodes)"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the samples are in a value: along ``axis`` each sample has ``inner`` rows, one sample behind the other."""
+
+    axis: int
+    inner: sympy.Expr = sympy.S.One
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """How a batch is cut.
+
+    Attributes:
+        rows: for each value that is cut, by the name of its node.
+        whole: the stages that need the whole batch, and why.
+        symbols: the sizes that count samples.
+    """
+
+    rows: dict[str, Rows]
+    whole: dict[int, str]
+    symbols: frozenset[sympy.Symbol] = frozenset()
 
 
 def has_boundaries(graph: CapturedGraph) -> bool:

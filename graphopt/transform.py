@@ -34,13 +34,22 @@ from graphopt.capture import (
     mark_samples,
     needs_restart,
 )
-from graphopt.compilation import check_compiler, compile_graph, compile_unlowered
-from graphopt.errors import GraphoptError, OptionError, UncapturedCall, UncapturedParameter, UnsupportedError
+from graphopt.compilation import check_compiler, compile_graph, compile_unlowered, stream_graph
+from graphopt.errors import (
+    GraphoptError,
+    OptionError,
+    StreamError,
+    UncapturedCall,
+    UncapturedParameter,
+    UnsupportedError,
+)
 from graphopt.pipeline import Coverage, Pass, Record, Status, resolve_passes, run_passes
 from graphopt.regions import stages_of
 from graphopt.runtime import data_parallel, fully_sharded
 from graphopt.runtime.bound_graph import BoundGraph, UnboundGraph
 from graphopt.runtime.statistics import Statistic
+from graphopt.runtime.streaming.options import Streaming
+from graphopt.runtime.streaming.stream import Stream
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -92,7 +101,13 @@ def transform(
     fully_sharded.check(model)
     restore(model)
     inner = data_parallel.unwrap(model)
-    _Handle(setup, dynamic).attach(inner, in_units=fully_sharded.is_sharded(inner))
+    in_units = fully_sharded.is_sharded(inner)
+    if setup.streaming is not None and (in_units or inner is not model):
+        raise OptionError(
+            f"a model in {'fully_shard' if in_units else type(model).__name__} cannot be streamed from a store as well: each rank "
+            "would need a store of its own. Use LayerToLayer() without store, or one process"
+        )
+    _Handle(setup, dynamic).attach(inner, in_units=in_units)
     return model
 
 
@@ -118,6 +133,20 @@ def records(model: nn.Module) -> list[Record]:
         for record in _records_of.get(parameter, ()):
             found.setdefault(id(record), record)
     return list(found.values())
+
+
+def stream(model: nn.Module) -> Stream:
+    """What ``LayerToLayer(store=...)`` keeps for a transformed model: its store, its finished steps, how to resume.
+
+    Raises:
+        StreamError: the model's layers are not streamed.
+    """
+    handle = data_parallel.unwrap(model).__dict__.get(_HANDLE)
+    if not isinstance(handle, _Handle) or handle.stream is None:
+        raise StreamError(
+            f"the layers of this {type(model).__name__} are not streamed: graphopt.transform(model, [LayerToLayer(store='cpu')])"
+        )
+    return handle.stream
 
 
 def is_transformed(model: nn.Module) -> bool:
@@ -189,6 +218,11 @@ class Setup:
         if isinstance(between, bool) or not isinstance(between, int | None):
             raise OptionError(f"sample_axis_between_graphs is {between!r}; it is an int or None")
         return cls(tuple(resolved), compiler, axis, bool(options.get("fullgraph", False)), config, between)
+
+    @property
+    def streaming(self) -> Streaming | None:
+        """How layers are streamed, if a pass asks for it."""
+        return next((item.streaming for item in self.passes if item.streaming is not None), None)
 
     @property
     def has_statistics(self) -> bool:
@@ -265,13 +299,26 @@ class Setup:
         example_inputs: Sequence[Any],
         named: NamedTensors | None = None,
         keep: Callable[[Record], None] | None = None,
+        stream: Stream | None = None,
     ) -> Callable[..., Any]:
         """Capture, rewrite, compile and bind one graph of Dynamo's."""
+        if self.streaming is not None and stream is None:
+            raise OptionError(
+                "LayerToLayer(store=...) moves the model's weights into a store, for which torch.compile(model, backend='graphopt') "
+                "does not know the model: use graphopt.transform(model, [...])"
+            )
         graph, record = self.rewrite(graph_module, example_inputs, named)
         start = time.perf_counter()
         bound: Callable[..., Any]
+        if graph is None and stream is not None:
+            raise UnsupportedError(
+                "a graph of the model could not be captured, so its layers cannot be streamed: "
+                + "; ".join(sorted({row.reason for row in record.uncaptured}))
+            )
         if graph is None:
             bound = UnboundGraph(compile_unlowered(graph_module, example_inputs, self.compiler, self.config))
+        elif stream is not None:
+            bound = stream_graph(graph, stream, self.compiler, self.passes, self.config)
         else:
             rewritten = graph
             stages = stages_of(graph) if any(STAGE in item.provides for item in self.passes) else None
@@ -331,6 +378,7 @@ class _Handle:
         self._model: nn.Module | None = None
         self._units: list[nn.Module] = []
         self.num_samples: int | None = None  # of the running call, if the model is compiled in parts
+        self.stream: Stream | None = None
 
     def attach(self, model: nn.Module, *, in_units: bool = False) -> None:
         self.detach(model)
@@ -338,6 +386,9 @@ class _Handle:
         if in_units:
             self._attach_units(model)
             return
+
+        if self.setup.streaming is not None:
+            self.stream = Stream(model, self.setup.streaming)
 
         def call(*args: Any, **kwargs: Any) -> Any:  # Dynamo skips frames of torch.nn's own classes, but not this one
             return model._call_impl(*args, **kwargs)
@@ -368,10 +419,14 @@ class _Handle:
         for unit in self._units:
             unit.__dict__.pop("forward", None)
         self._units = []
+        if self.stream is not None:
+            stream, self.stream = self.stream, None
+            stream.restore()
 
     def _compile(self, model: nn.Module, call: Callable[..., Any], setup: Setup) -> Callable[..., Any]:
         def compile_one(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-            return setup.compile(graph_module, example_inputs, NamedTensors.of(model), self.records.append)
+            named = NamedTensors.of(model)
+            return setup.compile(graph_module, example_inputs, named, self.records.append, self.stream)
 
         functools.update_wrapper(compile_one, backend)
         return torch.compile(
@@ -382,6 +437,11 @@ class _Handle:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Handle:
+        if self.stream is not None:
+            raise StreamError(
+                "a model whose layers are streamed cannot be copied: the copy would need a store of its own. Load its state_dict() "
+                "into another model, or copy it before graphopt.transform"
+            )
         clone = _Handle(self.setup, self.dynamic)
         copied = memo.get(id(self._model))
         if isinstance(copied, nn.Module):

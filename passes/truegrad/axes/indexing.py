@@ -46,7 +46,8 @@ RAGGED_BAGS = (
 @axis_rule("embedding")
 def embedding(node: Node, value: Tensor, known: Known) -> Layout:
     """The result has the axes of the indices, and one more."""
-    layout, indices = known.layout(node.args[0]), known.layout(node.args[1])
+    own = cast(Any, node.target).namespace == "graphopt"  # `ops.embedding`
+    layout, indices = known.layout(node.args[0]), known.layout(node.args[3 if own else 1])
     if isinstance(indices, SampleAxis) and not isinstance(layout, SampleAxis):
         return indices.at(indices.axis)
     return Lost(node, "a table that differs from sample to sample")

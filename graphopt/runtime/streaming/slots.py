@@ -1,0 +1,75 @@
+"""One parameter of a streamed model: its husk on the device, and its records in the store."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from graphopt.errors import StreamError
+from graphopt.runtime.stores import Store, StoredTensor
+
+
+class Slot:
+    """What stands in a model for a parameter whose value is in a store.
+
+    The ``Parameter`` object stays, with its shape, dtype and device, on a **husk**: one NaN, expanded. So nothing that reads it
+    by mistake gets a plausible value, and nothing can write to it.
+
+    Attributes:
+        name: the parameter's qualified name.
+        param: the parameter.
+        key: record of the value; ``grad_key`` and ``statistic_key`` are those of the gradient and of the sum of squares.
+        num_samples: samples that entered the gradient since it was cleared.
+        states: names of the optimizer's tensors that are records, such as ``exp_avg``.
+    """
+
+    def __init__(self, name: str, param: nn.Parameter, device: torch.device) -> None:
+        self.name, self.param = name, param
+        self.key, self.grad_key, self.statistic_key = f"parameter/{name}", f"grad/{name}", f"sum_grad_squared/{name}"
+        self.num_samples = 0
+        self.states: list[str] = []
+        self.husk = make_husk(param, device)
+
+    def state_key(self, state: str) -> str:
+        """Record of one of the optimizer's tensors."""
+        return f"state/{state}/{self.name}"
+
+    def empty(self) -> None:
+        """Put the husk in the place of the value."""
+        self.param.data = self.husk
+
+    def check(self) -> None:
+        """Raise `StreamError` if somebody has given the parameter a value of its own."""
+        if self.param.data_ptr() != self.husk.data_ptr():
+            raise StreamError(
+                f"{self.name} was replaced (by .to(), .half(), .data = or load_state_dict(assign=True)) while its value is in the "
+                "store, which would be lost. Undo the streaming first, graphopt.restore(model); or load_state_dict(), which "
+                "writes to the store"
+            )
+
+    def create_scratch(self, store: Store, key: str, dtype: torch.dtype) -> None:
+        """Reserve a record of the parameter's shape that belongs to one step."""
+        if key not in store:
+            store.create(key, self.param.shape, dtype, durable=False)
+
+    def __repr__(self) -> str:
+        return f"Slot({self.name}, {self.param.dtype}{list(self.param.shape)})"
+
+
+def make_husk(param: Tensor, device: torch.device) -> Tensor:
+    """A tensor of a parameter's shape that takes the memory of one number."""
+    value = math.nan if param.is_floating_point() or param.is_complex() else 0
+    return torch.full((), value, dtype=param.dtype, device=device).expand(param.shape)
+
+
+def is_husk(tensor: Tensor) -> bool:
+    """Whether a tensor, real or fake, is one number that is expanded."""
+    return tensor.numel() > 1 and all(stride == 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+
+
+def stored_gradient(slot: Slot) -> StoredTensor | None:
+    """The parameter's gradient, if it is in the store."""
+    grad = slot.param.grad
+    return grad if isinstance(grad, StoredTensor) else None
