@@ -28,7 +28,7 @@ class Meter:
     """Counters of one store that several threads write to."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a garbage collection within may free a visit, which comes back to here
         self._resident = 0
         self.peak_resident = self.read = self.written = 0
 
@@ -53,24 +53,30 @@ class Meter:
 class AlignedBuffer:
     """Anonymous memory that starts at a page.
 
-    It lives as long as the buffer or a tensor that was made from it.
+    It lives as long as the buffer or a tensor that was made from it, and not at all in processes that are forked.
 
     Attributes:
         nbytes: size, whole pages.
         memory: the bytes.
+        address: of the first of them.
         busy: events of a device that still reads or writes the memory.
     """
 
     def __init__(self, nbytes: int, *, pinned: bool = False) -> None:
         self.nbytes = max(padded(nbytes), PAGE)
-        self._map = _PinnedMap(-1, self.nbytes) if pinned else mmap.mmap(-1, self.nbytes)
-        if hasattr(mmap, "MADV_HUGEPAGE") and self.nbytes >= 2 << 20:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._map = _PinnedMap(-1, self.nbytes, flags) if pinned else mmap.mmap(-1, self.nbytes, flags)
+        if self.nbytes >= 2 << 20:
             self._map.madvise(mmap.MADV_HUGEPAGE)  # touching fresh memory costs a fault for each page
+        # A process that is forked while the disk moves data must not share these pages, or copies of them take the data:
+        # see O_DIRECT in open(2). Nor should the workers of a data loader keep them in memory.
+        self._map.madvise(mmap.MADV_DONTFORK)
         self.memory = memoryview(self._map)
+        self.address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
         self.busy: list[Any] = []
-        self._settling = threading.Lock()
+        self._settling = threading.RLock()
         if isinstance(self._map, _PinnedMap):
-            self._map.pin()
+            self._map.pin(self.address)
 
     def tensor(self, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The tensor whose values start at byte ``start``.
@@ -151,9 +157,8 @@ class _PinnedMap(mmap.mmap):
 
     _unpin: Callable[[], object] | None = None
 
-    def pin(self) -> None:
+    def pin(self, address: int) -> None:
         runtime: Any = torch.cuda.cudart()
-        address = torch.frombuffer(self, dtype=torch.uint8).data_ptr()
         torch.cuda.check_error(int(runtime.cudaHostRegister(address, len(self), 0)))
         self._unpin = functools.partial(runtime.cudaHostUnregister, address)
 

@@ -31,7 +31,7 @@ class DeviceLane:
     def __init__(self, device: torch.device, meter: Meter) -> None:
         self.device, self._meter = device, meter
         self._uploads, self._downloads = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._free: list[DeviceBuffer] = []
 
     def mark(self) -> Any:

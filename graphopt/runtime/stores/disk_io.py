@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import functools
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,14 +28,15 @@ _ADVICE = {
     errno.EDQUOT: "the disk quota is used up: free space, then rollback() and repeat the step",
     errno.EACCES: "a store needs a folder that it may write to",
     errno.EROFS: "a store needs a folder that it may write to",
+    errno.EIO: "the disk may be faulty: look at the system's log",
 }
 _SERIAL = 32768  # torch computes with one thread up to this many elements; more threads would disturb the computation
 
 
 def io_error(error: OSError, doing: str) -> StoreError:
     """A `StoreError` that says what was being done and what to do now."""
-    advice = _ADVICE.get(error.errno or 0, "the disk may be faulty: look at the system's log")
-    return StoreError(f"{doing} failed: {error.strerror or error}; {advice}")
+    advice = _ADVICE.get(error.errno or 0)
+    return StoreError(f"{doing} failed: {error.strerror or error}" + (f"; {advice}" if advice else ""))
 
 
 class DiskIO:
@@ -61,6 +65,10 @@ class DiskIO:
         for pool in [*self._pools.values(), *self._staging.values()]:
             pool.trim()
 
+    def trim_staging(self) -> None:
+        """Free the buffers that `write` has used; not those of a device, which it takes long to pin."""
+        self._staging[False].trim()
+
     # ---------------------------------------------------------------------------------------------------------- reads
 
     def read(self, placements: Iterable[Placement], buffer: AlignedBuffer) -> list[Future[None]]:
@@ -72,12 +80,30 @@ class DiskIO:
             for chunk in chunks(placements)
         ]
 
+    def read_into(self, target: Tensor, placement: Placement) -> list[Future[None]]:
+        """Begin to fill a contiguous tensor in any memory of the host."""
+        record = placement.record
+        return [
+            self.queue.read(functools.partial(self._copy_chunk, chunk, target), [record.traffic])
+            for chunk in chunks([placement])
+        ]
+
     def _read_chunk(self, chunk: Chunk, buffer: AlignedBuffer) -> None:
         for record in chunk.records:
             if record.failed is not None:
                 raise record.failed
         buffer.settle()
         self.fill(chunk, chunk.part(buffer.memory))
+
+    def _copy_chunk(self, chunk: Chunk, target: Tensor) -> None:
+        (piece,) = chunk.pieces
+        pool = self._pools[False]
+        buffer = pool.acquire(chunk.nbytes)
+        try:
+            self._read_chunk(replace(chunk, start=0), buffer)
+            ctypes.memmove(target.data_ptr() + chunk.start, buffer.address + piece.start, piece.nbytes)
+        finally:
+            pool.release(buffer)
 
     def fill(self, chunk: Chunk, memory: memoryview) -> None:
         """Read a chunk."""
@@ -106,15 +132,19 @@ class DiskIO:
         for chunk in chunks(placements):
             adds = any(record in sources for record in chunk.records)
             buffer = staging.acquire(chunk.nbytes * (2 if adds else 1))
-            buffer.settle()
-            for piece in chunk.pieces:
-                if flat[0] is not piece.record:
-                    flat = (piece.record, values[piece.record].detach().contiguous().view(-1))
-                _stage(flat[1], piece, buffer)
-            events = [lane.mark() for lane in lanes]
+            give_back = functools.partial(staging.release, buffer)
+            try:
+                buffer.settle()
+                for piece in chunk.pieces:
+                    if flat[0] is not piece.record:
+                        flat = (piece.record, _flat(values[piece.record]))
+                    _stage(flat[1], piece, buffer)
+                events = [lane.mark() for lane in lanes]
+            except BaseException:
+                give_back()
+                raise
             prepare = functools.partial(self._prepare, chunk, buffer, sources, events)
-            future = self._submit(writing, chunk, buffer.memory[: chunk.nbytes], prepare)
-            future.add_done_callback(functools.partial(_release, staging, buffer))
+            self._submit(writing, chunk, buffer.memory[: chunk.nbytes], prepare, give_back)
 
     def write_back(
         self, placements: Iterable[Placement], buffer: AlignedBuffer, after: Sequence[Any]
@@ -123,12 +153,27 @@ class DiskIO:
         placements = list(placements)
         writing = self.queue.writing(placement.record.traffic for placement in placements)
         prepare = functools.partial(_synchronize, after)
-        return [self._submit(writing, chunk, chunk.part(buffer.memory), prepare) for chunk in chunks(placements)]
+        return [
+            self._submit(writing, chunk, chunk.part(buffer.memory), prepare, _nothing) for chunk in chunks(placements)
+        ]
 
-    def _submit(self, writing: Writing, chunk: Chunk, memory: memoryview, prepare: Callable[[], None]) -> Future[None]:
+    def _submit(
+        self,
+        writing: Writing,
+        chunk: Chunk,
+        memory: memoryview,
+        prepare: Callable[[], None],
+        give_back: Callable[[], None],
+    ) -> Future[None]:
         sums = [piece.record.checksums[piece.slot] for piece in chunk.pieces]
         attempts = [(record, record.attempt) for record in chunk.records]
-        job = functools.partial(self._write_chunk, chunk, memory, prepare, sums, attempts)
+
+        def job() -> None:
+            try:
+                self._write_chunk(chunk, memory, prepare, sums, attempts)
+            finally:
+                give_back()
+
         return writing.submit(job, [record.traffic for record in chunk.records])
 
     def _write_chunk(
@@ -200,6 +245,7 @@ class DiskLoad(Load):
         }
         self._reads = io.read(placements, buffer)
         self._writes: list[Future[None]] = []
+        self._returned = threading.Event()
 
     def arrive(self) -> dict[str, Tensor]:
         """As the base class says."""
@@ -218,6 +264,8 @@ class DiskLoad(Load):
         """As the base class says."""
         for future in self._writes:
             outcome(future)
+        if self._buffer is None:
+            self._returned.wait()
 
     def release(self, after: Sequence[Any] = ()) -> None:
         """As the base class says."""
@@ -226,11 +274,15 @@ class DiskLoad(Load):
             return
         drop(self._reads)
         buffer.busy.extend(after)
-        when_done(self._writes, functools.partial(_release, self._pool, buffer))
+        when_done(self._writes, functools.partial(self._give_back, buffer))
+
+    def _give_back(self, buffer: AlignedBuffer) -> None:
+        self._pool.release(buffer)
+        self._returned.set()
 
 
-def _release(pool: BufferPool, buffer: AlignedBuffer, future: Future[None] | None = None) -> None:
-    pool.release(buffer)
+def _nothing() -> None:
+    pass
 
 
 def _synchronize(events: Sequence[Any]) -> None:
@@ -238,9 +290,18 @@ def _synchronize(events: Sequence[Any]) -> None:
         event.synchronize()
 
 
+def _flat(value: Tensor) -> Tensor:
+    """The elements of a tensor, one after the other in memory."""
+    return value.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+
+
 def _stage(flat: Tensor, piece: Piece, buffer: AlignedBuffer) -> None:
     """Copy a piece of a value to its place, and nothing of what was there before to the disk."""
-    target, first = piece.tensor(buffer, piece.start), piece.index * PIECE // flat.itemsize
-    target.copy_(flat[first : first + target.numel()], non_blocking=flat.device.type == "cuda")
+    first = piece.index * PIECE
+    if flat.device.type == "cuda":
+        target = piece.tensor(buffer, piece.start)
+        target.copy_(flat[first // flat.itemsize :][: target.numel()], non_blocking=True)
+    else:  # torch would use all its threads for this, and wait for the slowest at each piece
+        ctypes.memmove(buffer.address + piece.start, flat.data_ptr() + first, piece.nbytes)
     end = piece.start + piece.nbytes
     buffer.memory[end : padded(end)] = bytes(padded(end) - end)

@@ -7,7 +7,6 @@ name is removed at once. All of it moves past the page cache, between the disk a
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import StoreError
-from graphopt.runtime.stores.buffers import AlignedBuffer, BufferPool
+from graphopt.runtime.stores.buffers import BufferPool
 from graphopt.runtime.stores.device_lane import DeviceLoad
 from graphopt.runtime.stores.direct_io import DataFile
 from graphopt.runtime.stores.disk_io import DiskIO, DiskLoad, io_error
@@ -30,7 +29,15 @@ from graphopt.runtime.stores.extents import Extents
 from graphopt.runtime.stores.folder_lock import FolderLock
 from graphopt.runtime.stores.io_queue import outcome, wait_for
 from graphopt.runtime.stores.loads import Load, TensorInfo
-from graphopt.runtime.stores.manifest import RESTORE, Manifest, RecordEntry, differences, dtype_name, dtype_of
+from graphopt.runtime.stores.manifest import (
+    RESTORE,
+    Manifest,
+    RecordEntry,
+    differences,
+    dtype_name,
+    dtype_of,
+    plain_json,
+)
 from graphopt.runtime.stores.store import Store
 
 _MANIFEST, _DATA, _SCRATCH = "manifest.json", ("data-0.bin", "data-1.bin"), "scratch.bin"
@@ -72,7 +79,7 @@ class DiskStore(Store):
         self._removed: dict[str, DiskRecord] = {}  # committed records that were deleted since
         self._files: list[DataFile] = []
         self._io = DiskIO(self._meter, max_pending_bytes)
-        self._signature = None if signature is None else json.loads(json.dumps(dict(signature)))
+        self._signature = None if signature is None else plain_json(dict(signature), "DiskStore(signature=...)")
         try:
             self._check_folder(create)
             self.path.mkdir(parents=True, exist_ok=True)
@@ -107,19 +114,10 @@ class DiskStore(Store):
         """As the base class says."""
         with self._lock:
             record = self._readable(key)
-            buffer = AlignedBuffer(record.size)
-            reads = self._io.read([Placement(record, record.current or 0, 0)], buffer)
+            value = torch.empty(record.info.shape, dtype=record.info.dtype)
+            reads = self._io.read_into(value, Placement(record, record.current or 0, 0))
         wait_for(reads)
-        return buffer.tensor(0, record.info.shape, record.info.dtype)
-
-    def flush(self) -> None:
-        """As the base class says."""
-        with self._lock:
-            self._check_usable()
-            self._settle()
-            for record in self._records.values():
-                if record.failed is not None:
-                    raise record.failed
+        return value
 
     def rollback(self) -> None:
         """Forget what happened to durable records since the last commit; those created since stay, without a value."""
@@ -343,8 +341,15 @@ class DiskStore(Store):
             for future in record.traffic.writes:
                 outcome(future)
 
+    def _flush(self) -> None:
+        self._settle()
+        self._io.trim_staging()
+        for record in self._records.values():
+            if record.failed is not None:
+                raise record.failed
+
     def _commit(self, step: int, extra: dict[str, Any], small: dict[str, Tensor]) -> None:
-        self.flush()
+        self._flush()
         durable = [record for record in self._records.values() if record.info.durable]
         manifest = Manifest(step, extra, small, self._signature, {record.key: _entry(record) for record in durable})
         try:

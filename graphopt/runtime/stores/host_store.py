@@ -78,13 +78,6 @@ class HostStore(Store):
             self._meter.move(read=record.info.nbytes)
             return record.settle().clone()
 
-    def flush(self) -> None:
-        """Wait for copies from devices; nothing can have failed."""
-        with self._lock:
-            self._check_usable()
-            for record in self._records.values():
-                record.settle()
-
     def rollback(self) -> None:
         """Not possible.
 
@@ -97,7 +90,7 @@ class HostStore(Store):
         """As the base class says."""
         with self._lock:
             if self._closed is None:
-                self.flush()
+                self._flush()
                 self.trim()
                 self._closed = "the store is closed, and what it held is gone"
                 self._records = {}
@@ -140,6 +133,10 @@ class HostStore(Store):
                 record.settle().copy_(value)
             record.has_value = True
 
+    def _flush(self) -> None:
+        for record in self._records.values():
+            record.settle()
+
     def _start(self, records: Sequence[HostRecord], device: torch.device) -> Load:
         for record in records:
             self._readable(record.key)
@@ -150,7 +147,7 @@ class HostStore(Store):
         return DeviceLoad(records, host, self._lane(device), None)
 
     def _commit(self, step: int, extra: dict[str, Any], small: dict[str, Tensor]) -> None:
-        self.flush()
+        self._flush()
 
 
 class HostLoad(Load):

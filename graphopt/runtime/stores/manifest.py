@@ -113,6 +113,18 @@ class Manifest:
         )
 
 
+def plain_json(value: Any, what: str) -> Any:
+    """A copy of a value as JSON gives it back.
+
+    Raises:
+        StoreError: JSON cannot hold it.
+    """
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{what} must be JSON: {error}; it may hold numbers, strings, lists and dicts") from error
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """The name that `dtype_of` understands."""
     return str(dtype).removeprefix("torch.")

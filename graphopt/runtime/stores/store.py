@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -18,6 +17,7 @@ from graphopt.errors import OptionError, StoreError
 from graphopt.runtime.stores.buffers import Meter
 from graphopt.runtime.stores.device_lane import DeviceLane
 from graphopt.runtime.stores.loads import Load, Record, TensorInfo
+from graphopt.runtime.stores.manifest import plain_json
 
 
 class Visit:
@@ -75,6 +75,7 @@ class Store(ABC):
         self._closed: str | None = None
         self._leaving: Load | None = None
         self._lanes: dict[torch.device, DeviceLane] = {}
+        self._doomed: deque[str] = deque()
         self._step, self._extra, self._small = 0, dict[str, Any](), dict[str, Tensor]()
 
     # -------------------------------------------------------------------------------------------------------- records
@@ -88,6 +89,7 @@ class Store(ABC):
         info = TensorInfo(torch.Size(shape), dtype, durable)
         with self._lock:
             self._check_usable()
+            self._delete_doomed()
             old = self._records.get(key)
             if old is None:
                 self._create(key, info)
@@ -126,6 +128,13 @@ class Store(ABC):
                 record.version += 1
                 self._delete(record)
 
+    def delete_later(self, keys: Iterable[str]) -> None:
+        """Forget records when the store is next used to create, write, flush or commit.
+
+        This is for finalizers: it takes no lock and waits for nothing, on whatever thread the garbage collector runs.
+        """
+        self._doomed.extend(list(keys))
+
     def clear(self, keys: Iterable[str]) -> None:
         """Make records as if they were never written, as is done with gradients."""
         with self._lock:
@@ -154,6 +163,7 @@ class Store(ABC):
             StoreError: a key, shape or dtype is wrong; then nothing is written.
         """
         with self._lock:
+            self._delete_doomed()
             records = [self._record(key) for key in values]
             for record, value in zip(records, values.values(), strict=True):
                 given = TensorInfo(value.shape, value.dtype, record.info.durable)
@@ -165,7 +175,7 @@ class Store(ABC):
 
     def visit(
         self, groups: Sequence[Sequence[str]], *, prefetch: int = 1, device: torch.device | str | None = None
-    ) -> Iterator[Visit]:
+    ) -> Generator[Visit, None, None]:
         """Visit groups of records one after the other, while the next are being loaded.
 
         At most ``1 + prefetch`` groups are in memory, and one more that is being written back. A record that is written
@@ -195,7 +205,9 @@ class Store(ABC):
                     self._record(key)
         return self._visit([tuple(dict.fromkeys(group)) for group in groups], prefetch, target)
 
-    def _visit(self, groups: Sequence[Sequence[str]], prefetch: int, device: torch.device) -> Iterator[Visit]:
+    def _visit(
+        self, groups: Sequence[Sequence[str]], prefetch: int, device: torch.device
+    ) -> Generator[Visit, None, None]:
         ahead: deque[Load | None] = deque()
         load: Load | None = None
         done = False
@@ -260,13 +272,16 @@ class Store(ABC):
         """The small tensors of the last commit."""
         return self._small
 
-    @abstractmethod
     def flush(self) -> None:
         """Wait for all writes.
 
         Raises:
             StoreError: one has failed. It is raised again until the record is written anew or cleared, or `rollback`.
         """
+        with self._lock:
+            self._check_usable()
+            self._delete_doomed()
+            self._flush()
 
     def commit(self, step: int, extra: Mapping[str, Any], small: Mapping[str, Tensor] | None = None) -> None:
         """Make everything durable that was written since the last commit, all of it or nothing.
@@ -279,15 +294,11 @@ class Store(ABC):
         Raises:
             StoreError: a write has failed, or ``extra`` is not JSON.
         """
-        try:
-            plain = json.loads(json.dumps(dict(extra)))
-        except (TypeError, ValueError) as error:
-            raise StoreError(
-                f"{self._name}: commit(extra=...) must be JSON: {error}; put tensors into small="
-            ) from error
+        plain = plain_json(dict(extra), f"{self._name}: commit(extra=...), where tensors go into small=,")
         copies = {name: value.detach().cpu().clone() for name, value in (small or {}).items()}
         with self._lock:
             self._check_usable()
+            self._delete_doomed()
             self._commit(step, plain, copies)
             self._step, self._extra, self._small = step, plain, copies
 
@@ -346,6 +357,12 @@ class Store(ABC):
             self._lanes[device] = DeviceLane(device, self._meter)
         return self._lanes[device]
 
+    def _delete_doomed(self) -> None:
+        while self._doomed:
+            key = self._doomed.popleft()
+            if key in self._records:
+                self.delete([key])
+
     def _check_usable(self) -> None:
         if self._closed is not None:
             raise StoreError(f"{self._name}: {self._closed}")
@@ -368,6 +385,9 @@ class Store(ABC):
 
     @abstractmethod
     def _write(self, values: Mapping[Any, Tensor], add: bool) -> None: ...
+
+    @abstractmethod
+    def _flush(self) -> None: ...
 
     @abstractmethod
     def _start(self, records: Sequence[Any], device: torch.device) -> Load: ...

@@ -296,7 +296,7 @@ def _borrow(stored: StoredTensor) -> Iterator[Visit]:
         yield next(visits)
         next(visits, None)
     finally:
-        cast(Any, visits).close()
+        visits.close()
 
 
 def _on_value(name: str) -> Callable[..., Any]:
