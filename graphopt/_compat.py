@@ -258,6 +258,11 @@ def uses_onednn() -> bool:
     return bool(torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled())
 
 
+def own_symbol(size: torch.SymInt) -> Any:
+    """The expression that a size was made with, which another may have replaced since."""
+    return size.node._expr
+
+
 def size_hint(shape_env: object, size: object) -> int:
     """The value that a symbolic size had when its graph was captured."""
     hint = getattr(shape_env, "optimization_hint", None) or shape_env.size_hint  # type: ignore[attr-defined]  # before 2.13

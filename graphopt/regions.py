@@ -105,6 +105,7 @@ def split(graph: CapturedGraph) -> list[Region]:
         outputs = [node for node in nodes if node in crossing]
         own = set(nodes)
         taken = [source for source in _sources(nodes, origin) if source not in own]
+        taken += _missing_sizes(graph, [*taken, *nodes], taken)
         graph_module = _extract(graph, nodes, taken, outputs, origin)
         inputs = [node for node in taken if not _is_body(graph.graph_module, node)]
         fakes = [_fake_input(graph, node, node in differentiable) for node in inputs]
@@ -230,6 +231,39 @@ def _is_handed_through(node: Node) -> bool:
 def _sources(nodes: Sequence[Node], origin: Mapping[Node, Node]) -> list[Node]:
     """What the nodes use, in the order of first use."""
     return list(dict.fromkeys(origin[argument] for node in nodes for argument in node.all_input_nodes))
+
+
+def _missing_sizes(graph: CapturedGraph, nodes: Sequence[Node], inputs: Sequence[Node]) -> list[Node]:
+    """Inputs of the graph for the symbols that stand in the sizes of a region, but are the size of none of its inputs.
+
+    A compiler reads the value of a symbol off an input.
+    """
+    needed: set[sympy.Symbol] = set()
+    for node in nodes:
+        needed |= {symbol for size in _sizes(node) for symbol in size.free_symbols if isinstance(symbol, sympy.Symbol)}
+    known = {size for node in inputs for size in _sizes(node)}
+    found = []
+    for node, fake in zip(graph.placeholders, graph.fake_inputs, strict=True):
+        if not isinstance(fake, torch.SymInt) or node in inputs:
+            continue
+        expression = _compat.own_symbol(fake)  # of several that were found to be equal, the one that the others stand for
+        if expression in needed - known:
+            known.add(expression)
+            found.append(node)
+    return found
+
+
+def _sizes(node: Node) -> list[sympy.Expr]:
+    """The sizes of a value, or the size that it is."""
+    found: list[sympy.Expr] = []
+    for leaf in pytree.tree_leaves(node.meta.get("val")):
+        sizes = leaf.shape if isinstance(leaf, Tensor) else (leaf,)
+        found += [_expression(size) for size in sizes if isinstance(size, torch.SymInt)]
+    return found
+
+
+def _expression(size: torch.SymInt) -> sympy.Expr:
+    return cast(sympy.Expr, size.node.shape_env.replace(size.node.expr))
 
 
 def _extract(

@@ -69,6 +69,7 @@ class TrueGradOptimizer(BaseOptimizer):
     A subclass says which averages it keeps and what its betas mean; the maths is in `graphopt.optim.truegrad_update`.
     """
 
+    updates_each_parameter_alone = True  # so layers can be streamed (`graphopt.passes.LayerToLayer`)
     _why_not_complex = "squares of per-sample gradients are defined for real ones"
     _baseline_name: ClassVar[str]
     _normalizes_first: ClassVar[bool] = False  # the momentum follows the normalisation

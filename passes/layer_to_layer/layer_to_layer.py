@@ -27,6 +27,7 @@ from graphopt.passes.layer_to_layer.segments import Segment, arrange, merged
 from graphopt.passes.layer_to_layer.sizes import fit_for_streaming
 from graphopt.passes.layer_to_layer.writes import without_shared_writes
 from graphopt.pipeline import Pass, PassResult
+from graphopt.regions import has_boundaries
 from graphopt.runtime.streaming.options import Streaming
 
 _STORES = ("device", "cpu", "disk")
@@ -132,6 +133,8 @@ class LayerToLayer(Pass):
 
     def run(self, graph: CapturedGraph) -> PassResult:
         """Insert the boundaries."""
+        if has_boundaries(graph):
+            return PassResult(graph, 0)
         if self.store == "device":
             found = find_layers(graph, self.boundaries)
             if self.boundaries == "auto":
@@ -139,17 +142,15 @@ class LayerToLayer(Pass):
             if len(found) < 2:
                 return PassResult(graph, 0)
             return _arranged(graph, without_shared_writes(graph, found), ())
-        samples = Samples()
         if self.microbatch_size is not None:
-            samples = Samples.of(graph)
-            if split_losses(graph, samples):
-                samples = Samples.of(graph)
+            split_losses(graph, Samples.of(graph))
         found = fit_for_streaming(graph, find_layers(graph, self.boundaries))
+        found = without_shared_writes(graph, found)
         if self.microbatch_size is None:
-            return _arranged(graph, without_shared_writes(graph, found), ())
-        found = without_shared_writes(graph, split_tail(found, samples))
-        batches = plan_micro_batches(graph, found, samples)
-        graph.micro_batches = batches
+            return _arranged(graph, found, ())
+        samples = Samples.of(graph)
+        found = split_tail(found, samples)
+        graph.micro_batches = batches = plan_micro_batches(graph, found, samples)
         notes = [f"{found[stage].name} takes the whole batch: {why}" for stage, why in batches.whole.items()]
         if samples.problem is not None:
             notes = [f"microbatch_size={self.microbatch_size} has no effect: {samples.problem}"]

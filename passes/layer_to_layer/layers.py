@@ -1,7 +1,7 @@
 """Find a model's layers: in the paths of its modules, and in what their operators have in common.
 
-``"auto"`` takes numbered modules (``encoder.layer.3``, ``blocks.0``, ``layer1`` beside ``layer2``), the outermost first; where those
-are all different, it looks for numbered modules inside them. Modules without parameters (activations in an ``nn.Sequential``) go
+``"auto"`` takes numbered modules (``encoder.layer.3``, ``blocks.0``, ``layer1`` beside ``layer2``), and modules that are called several
+times, the outermost first; where those of one container are all different, it looks for numbered modules inside them. Modules without parameters (activations in an ``nn.Sequential``) go
 with the layer in front of them, and a pattern that repeats (linear, norm, linear, norm, ...) becomes one layer.
 """
 
@@ -68,7 +68,8 @@ def _find_repeated(graph: CapturedGraph) -> list[Segment]:
     while True:
         hashes = structures(graph, found)
         counts = Counter(hashes)
-        alone = {s.name for s, h in zip(found, hashes, strict=True) if s.layer is not None and counts[h] == 1}
+        repeat = {segment.container for segment, h in zip(found, hashes, strict=True) if counts[h] > 1}
+        alone = {segment.name for segment in found if segment.layer is not None and segment.container not in repeat}
         inside = {path for path in alone if any(inner.startswith(path + ".") for inner in numbered)}
         if not inside - opened:
             return found

@@ -149,6 +149,8 @@ def _runs(operators: Sequence[Node], layer_of: Callable[[Node], Layer | None]) -
         in_loop = joined and behind is not None and joined[-1].layer is not None
         if segment.layer is None and in_loop and joined[-1].container == cast(Segment, behind).container:
             joined[-1] = merged(joined[-1], segment)
+        elif joined and segment.layer is not None and joined[-1].layer == segment.layer:
+            joined[-1] = merged(joined[-1], segment)
         else:
             joined.append(segment)
     _name_gaps(joined)

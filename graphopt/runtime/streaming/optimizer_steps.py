@@ -9,6 +9,7 @@ With ``eager=True`` a layer's step is made as soon as backward has its gradients
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -63,11 +64,12 @@ class OptimizerSteps:
         self._stream = stream
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._of_slot: dict[str, tuple[weakref.ref[Optimizer], dict[str, Any]]] = {}  # name -> optimizer and its group
-        self._is_stepping = False
+        self._stepping: int | None = None  # the thread on which an optimizer makes its step
         self._hidden: list[tuple[Slot, Any]] = []
         self._worker: ThreadPoolExecutor | None = None
         self._running: list[Future[None]] = []
         self._is_open_step = False  # eager: a backward pass has updated parameters, and step() has not been called
+        self.taken: set[str] = set()  # eager: parameters whose gradient the running backward pass has used up
         _streams.add(self)
         _register_hooks()
 
@@ -87,6 +89,11 @@ class OptimizerSteps:
 
     # ------------------------------------------------------------------------------------------------------- one step
 
+    @property
+    def is_stepping(self) -> bool:
+        """Whether this thread is inside an optimizer's step."""
+        return self._stepping == threading.get_ident()
+
     def owns(self, optimizer: Optimizer) -> list[Slot]:
         """The streamed parameters of an optimizer, in the order of the layers."""
         ids = {id(param) for param in chain.from_iterable(group["params"] for group in optimizer.param_groups)}
@@ -95,13 +102,13 @@ class OptimizerSteps:
     def before_step(self, optimizer: Optimizer, slots: Sequence[Slot]) -> None:
         """Make the step for all streamed parameters; what torch runs afterwards finds none of them."""
         self._check(optimizer)
-        self._stream.check()
-        if isinstance(optimizer, BaseOptimizer):
-            optimizer.check()  # it would raise for some parameters after others were changed
         try:
             if self._is_open_step:
                 self._finish_eager()
             else:
+                self._stream.check()
+                if isinstance(optimizer, BaseOptimizer):
+                    optimizer.check()  # it would raise for some parameters after others were changed
                 self._update(optimizer, [slot for slot in slots if slot.param.grad is not None])
         except BaseException:
             self._undo()
@@ -156,7 +163,7 @@ class OptimizerSteps:
 
     def _refuse_forgotten_state(self, optimizer: Optimizer) -> None:
         for slot in self.owns(optimizer):
-            if _state_keys(self._stream.store, slot):
+            if not slot.states and _state_keys(self._stream.store, slot):
                 raise StoreError(
                     f"the store holds the state of an optimizer for {slot.name}, from step {self._stream.step}, which this "
                     f"{type(optimizer).__name__} does not have. Call graphopt.stream(model).resume(optimizer) before the first step"
@@ -183,7 +190,7 @@ class OptimizerSteps:
     def _in_memory(self, optimizer: Optimizer, group: Sequence[Slot], tensors: Mapping[str, Tensor]) -> Iterator[None]:
         """Parameters, gradients, statistics and state of a few parameters as ordinary tensors."""
         kept: list[tuple[Slot, Any, Any]] = []
-        self._is_stepping = True
+        self._stepping = threading.get_ident()
         try:
             for slot in group:
                 state = optimizer.state.get(slot.param)
@@ -199,7 +206,7 @@ class OptimizerSteps:
                     annotations.publish(slot.param, tensors[slot.statistic_key], slot.num_samples)
             yield
         finally:
-            self._is_stepping = False
+            self._stepping = None
             for slot, grad, record in kept:
                 slot.param.grad = None
                 slot.empty()
@@ -274,6 +281,7 @@ class OptimizerSteps:
         Raises:
             StreamError: with ``eager``, parameters would be updated that are still needed, or twice in a step.
         """
+        self.taken.clear()
         if not self._stream.options.eager:
             return
         if self._is_open_step or any(stored_gradient(slot) is not None for slot in self._stream.slots):
@@ -289,7 +297,7 @@ class OptimizerSteps:
 
     def check_change(self, name: str, operator: str) -> None:
         """Raise `StreamError` if gradients may not be changed between backward and step."""
-        if self._stream.options.eager and not self._is_stepping:
+        if self._stream.options.eager and not self.is_stepping:
             raise StreamError(
                 f"{operator} changes the gradient of {name}: "
                 + _EAGER.format(what="its gradient is used up before a norm over all of them (clip_grad_norm_) or a check for "
@@ -312,6 +320,10 @@ class OptimizerSteps:
         if later:
             store.write(later, add=True)  # tied parameters, which an earlier stage uses too, and those without an optimizer
         ready = [slot for slot in own if slot.grad_key in values or _is_written(store, slot.grad_key)]
+        self.taken.update(slot.name for slot in own)
+        for position in stage.parameters:
+            if (slot := run.slots[position]) in own and position in run.graph.num_samples:
+                slot.num_samples = run.num_samples(position)
         if ready:
             update = {key: value for key, value in values.items() if key not in later}
             self._submit(_Pending(ready, update))
@@ -496,7 +508,7 @@ def _register_hooks() -> None:
 @_compat.disable_dynamo
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     streamed = [(steps, slots) for steps in list(_streams) if (slots := steps.owns(optimizer))]
-    if not streamed or any(steps._is_stepping for steps, _ in streamed):
+    if not streamed or any(steps.is_stepping for steps, _ in streamed):
         return None
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     loss = None

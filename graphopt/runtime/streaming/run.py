@@ -39,6 +39,9 @@ class Run:
         self._snapshots: dict[tuple[int, int | None, int], Tensor] = {}
         self._norms: dict[tuple[int, int | None], Tensor] = {}
         self._is_spent = False
+        self._versions = {slot: stream.store.version(slot.key) for slot in self.slots.values()} if keeps else {}
+        self._written = graph.written
+        self._argument_versions = self._versions_of_arguments() if keeps else []
 
     # --------------------------------------------------------------------------------------------------------- forward
 
@@ -48,7 +51,7 @@ class Run:
         stages = self.graph.stages
         groups = [self._keys(stage) for stage in stages]
         with torch.no_grad(), closing(self.stream.visit(groups)) as visits:
-            for stage, tensors in zip(stages, visits, strict=True):
+            for number, (stage, tensors) in enumerate(zip(stages, visits, strict=True)):
                 lent = {value.untyped_storage().data_ptr() for value in tensors.values()}
                 for part in self.cut.parts(stage.is_whole):
                     self._remember(stage, part)
@@ -59,6 +62,7 @@ class Run:
                 self._keep_inputs(stage, values)
                 values.free(stage.last_uses)
                 tensors.clear()
+                self.stream.report("forward", number, len(stages))
         return [self._returned(source, values) for source in self.graph.returned]
 
     def _keep_inputs(self, stage: Stage, values: Values) -> None:
@@ -70,7 +74,7 @@ class Run:
     def _returned(self, source: Any, values: Values) -> Any:
         if isinstance(source, Value):
             return values.get(source.name, None)
-        if isinstance(source, Argument):
+        if isinstance(source, Argument | Parameter):
             return self.args[source.position]
         if isinstance(source, Size):
             return evaluate(source.expression, self.cut.sizes)
@@ -93,6 +97,7 @@ class Run:
                 "again (retain_graph=True has no effect on it)"
             )
         self._is_spent = True
+        self._check_unchanged()
         self.stream.begin_backward(self)
         grads = Values(self.cut, self.graph.rows)
         for name, value in cotangents.items():
@@ -102,7 +107,7 @@ class Run:
         stages = [stage for stage in reversed(self.graph.stages) if self.graph.matters(stage)]
         groups = [[*self._keys(stage), *self.stash.keys_of(stage.values)] for stage in stages]
         with closing(self.stream.visit(groups)) as visits:
-            for stage, tensors in zip(stages, visits, strict=True):
+            for number, (stage, tensors) in enumerate(zip(stages, visits, strict=True)):
                 kept = self.stash.loaded(stage.values, tensors)
                 leaves = self._leaves(stage, tensors)
                 for part in self.cut.parts(stage.is_whole):
@@ -113,6 +118,7 @@ class Run:
                 del leaves
                 grads.free(stage.outputs)
                 self.stash.free(stage, self.graph.stages)
+                self.stream.report("backward", number, len(stages))
         self.stream.end_backward(self, touched, self._joined_norms())
         return of_arguments
 
@@ -262,6 +268,29 @@ class Run:
         return torch.zeros((), dtype=dtype, device=self.stream.device).expand(param.shape)
 
     # ---------------------------------------------------------------------------------------------- what must not change
+
+    def _versions_of_arguments(self) -> list[int]:
+        """Counts of changes of the tensors that backward reads again."""
+        return [
+            value._version
+            for position, value in enumerate(self.args)
+            if isinstance(value, Tensor) and position not in self.slots and position not in self._written
+        ]
+
+    def _check_unchanged(self) -> None:
+        """Backward computes layers again: raise `StreamError` if it would compute something else than forward has."""
+        store = self.stream.store
+        changed = next((slot for slot, version in self._versions.items() if store.version(slot.key) != version), None)
+        if changed is not None:
+            raise StreamError(
+                f"{changed.name} was changed between forward and backward (optimizer.step(), load_state_dict()), and backward "
+                "computes the layers again. Call backward() first"
+            )
+        if self._versions_of_arguments() != self._argument_versions:
+            raise StreamError(
+                "a tensor that the model was called with, or one of its buffers, was changed in place between forward and backward, "
+                "and backward computes the layers again. Call backward() first, or change a copy"
+            )
 
     def _remember(self, stage: Stage, part: int | None) -> None:
         """Keep the random state, and what the stage is about to write to."""

@@ -13,7 +13,6 @@ from torch.fx import Node
 
 from graphopt.annotations import Key
 from graphopt.capture import CapturedGraph, InputKind
-from graphopt.errors import UnsupportedError
 from graphopt.regions import Region, find_differentiable, held, origins
 from graphopt.runtime.streaming.micro_batches import expression_of
 
@@ -109,11 +108,7 @@ class Stage:
 def prepare(
     graph: CapturedGraph, regions: Sequence[Region], compiled: Mapping[str, Callable[..., Any]]
 ) -> tuple[list[Stage], list[Source | Any]]:
-    """The stages, and where what the graph returns comes from.
-
-    Raises:
-        UnsupportedError: the graph returns a parameter itself, whose value is in the store.
-    """
+    """The stages, and where what the graph returns comes from."""
     origin = origins(graph.graph_module.graph)
     positions = {node: position for position, node in enumerate(graph.placeholders)}
     written = _written_inputs(graph, origin)
@@ -138,11 +133,6 @@ def prepare(
     returned: list[Source | Any] = []
     for value in graph.output_nodes:
         source = _source(graph, origin[value], positions, written) if isinstance(value, Node) else value
-        if isinstance(source, Parameter):
-            raise UnsupportedError(
-                f"the model returns the parameter {graph.inputs[source.position].name} itself, whose value is in the store and "
-                "not on the device. Return something computed from it, such as parameter.clone()"
-            )
         returned.append(source)
     kept = {source.name for source in returned if isinstance(source, Value)}
     for stage in reversed(stages):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from graphopt.runtime.streaming.stages import Stage
 
 
+_LEAST_PENDING = 1 << 20  # bytes on their way to the disk, or the largest parameter
+Direction = Literal["forward", "backward"]
+
+
 class Stream:
     """The store of one model, and everything in it that belongs to a parameter.
 
@@ -35,6 +39,9 @@ class Stream:
         options: those of the pass.
         device: where layers compute.
         slots: the parameters.
+        on_stage: called after each stage, if it is set: which pass, the stage's number in it from 0, and how many there are.
+        on_gradient: called with a parameter's name and its gradient from one stage, if it is set; what it returns is added to
+            the store instead. It does not see statistics, which would have to follow.
     """
 
     def __init__(self, model: nn.Module, options: Streaming) -> None:
@@ -43,9 +50,14 @@ class Stream:
         self.device = options.device or _device_of(named)
         self.slots = [Slot(name, param, self.device) for name, param in named]
         self._buffers = {name: buffer for name, buffer in model.named_buffers()}
+        for buffer in self._buffers.values():  # layers read them where they compute
+            if buffer.device.type != "meta" and buffer.device != self.device:
+                buffer.data = buffer.data.to(self.device)
         self._by_id = {id(slot.param): slot for slot in self.slots}
         self._waiting: weakref.WeakSet[Run] = weakref.WeakSet()  # forward passes whose backward has not come
         self._accumulated = False
+        self.on_stage: Callable[[Direction, int, int], None] | None = None
+        self.on_gradient: Callable[[str, Tensor], Tensor] | None = None
         self.store = _open(options, {slot.name: slot for slot in self.slots})
         try:
             if self.store.keys():
@@ -149,6 +161,7 @@ class Stream:
         self.optimizers.begin_backward(list(self._waiting))
         for slot in run.slots.values():
             grad = slot.param.grad
+            slot.norms = None
             if grad is None:
                 self.store.clear([k for k in self._step_keys(slot) if k in self.store])
                 annotations.clear([slot.param])
@@ -157,7 +170,12 @@ class Stream:
                 slot.create_scratch(self.store, slot.grad_key, slot.param.dtype)
                 self.store.write({slot.grad_key: grad})
             else:
-                annotations.reconcile([slot.param])
+                slot.norms = annotations.find(slot.param, SAMPLE_GRAD_NORM)
+
+    def report(self, direction: Direction, number: int, num_stages: int) -> None:
+        """A stage is through."""
+        if self.on_stage is not None:
+            self.on_stage(direction, number, num_stages)
 
     def receive(self, run: Run, stage: Stage, found: Mapping[Slot, Mapping[Key[Any] | None, Tensor]]) -> None:
         """The gradients (key ``None``) and statistics of one stage, over all its micro-batches."""
@@ -165,6 +183,8 @@ class Stream:
         for slot, tensors in found.items():
             for key, tensor in tensors.items():
                 record = slot.grad_key if key is None else _record(slot, key)
+                if key is None and self.on_gradient is not None:
+                    tensor = self.on_gradient(slot.name, tensor)
                 slot.create_scratch(self.store, record, tensor.dtype)
                 values[record] = tensor
         done = self.optimizers.take(run, stage, values)
@@ -174,7 +194,9 @@ class Stream:
     def end_backward(self, run: Run, touched: Mapping[int, set[Key[Any]]], norms: Mapping[int, Tensor]) -> None:
         """All stages are through: publish gradients and statistics."""
         for position, slot in run.slots.items():
-            if slot.grad_key not in self.store or not self.store.is_written(slot.grad_key):
+            if slot.grad_key not in self.store or slot.name in self.optimizers.taken:
+                continue
+            if not self.store.is_written(slot.grad_key):
                 continue
             if not isinstance(slot.param.grad, StoredTensor):
                 slot.param.grad = StoredTensor(self.store, slot.grad_key, self.device, on_change=self._on_change(slot))
@@ -190,9 +212,8 @@ class Stream:
                 self.store, _record(slot, SUM_POSITION_GRAD_SQUARED), self.device
             )
         if norms is not None:
-            before = annotations.find(slot.param, SAMPLE_GRAD_NORM)
             own = norms.clamp(min=0).sqrt()
-            others[SAMPLE_GRAD_NORM] = own if before is None else torch.cat([before, own])
+            others[SAMPLE_GRAD_NORM] = own if slot.norms is None else torch.cat([slot.norms, own])
         statistic = StoredTensor(self.store, slot.statistic_key, self.device)
         annotations.publish(slot.param, statistic, slot.num_samples, others=others)
 
@@ -261,4 +282,5 @@ def _open(options: Streaming, slots: Mapping[str, Slot]) -> Store:
             f"{options.path} holds a store already, and the model has values of its own: which of them count? To go on with the "
             "store, LayerToLayer(resume=True) or a model on the meta device; to begin anew, another folder, or remove this one"
         )
-    return DiskStore(options.path, signature=signature)
+    largest = max((slot.param.nbytes for slot in slots.values()), default=0)
+    return DiskStore(options.path, signature=signature, max_pending_bytes=max(largest, _LEAST_PENDING))

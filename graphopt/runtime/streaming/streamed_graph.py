@@ -16,7 +16,7 @@ from graphopt.runtime.bound_graph import BoundGraph
 from graphopt.runtime.streaming.micro_batches import read_sizes
 from graphopt.runtime.streaming.run import Run
 from graphopt.runtime.streaming.stages import Stage as Prepared
-from graphopt.runtime.streaming.stages import Value, differentiable_names, prepare
+from graphopt.runtime.streaming.stages import Argument, Value, differentiable_names, prepare
 from graphopt.runtime.streaming.stream import Stream
 
 
@@ -30,6 +30,7 @@ class StreamedGraph:
         rows: how values are cut at samples, by the names of their nodes.
         differentiable: names of the values that gradients may flow to.
         parameters: positions of the parameters among the inputs.
+        written: positions of the inputs that the graph writes to, such as buffers.
         last_stage_of: for each of them the stage that backward reaches last.
     """
 
@@ -58,6 +59,12 @@ class StreamedGraph:
         self.parameters = [
             position for position, described in enumerate(graph.inputs) if described.kind is InputKind.PARAMETER
         ]
+        self.written = {
+            source.position
+            for stage in self.stages
+            for source in stage.sources
+            if isinstance(source, Argument) and source.is_written
+        }
         self.last_stage_of = {  # the last in backward
             position: stage.index for stage in reversed(self.stages) if self.matters(stage) for position in stage.parameters
         }
