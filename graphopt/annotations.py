@@ -194,7 +194,11 @@ def get(param: Tensor, key: Key[Value]) -> Value:
     """
     value = find(param, key)
     if value is None:
-        when = "from the first call of the model on" if key.is_lasting else "between backward() and the zero_grad() that follows"
+        when = (
+            "from the first call of the model on"
+            if key.is_lasting
+            else "between backward() and the zero_grad() that follows"
+        )
         raise MissingAnnotation(
             f"a parameter of shape {tuple(param.shape)} has no {key.name}; it is provided by {key.provider}, and exists {when}"
         )

@@ -48,7 +48,11 @@ def compile_graph(
 
 
 def stream_graph(
-    graph: CapturedGraph, stream: Stream, compiler: str, passes: Sequence[Pass] = (), config: Mapping[str, Any] | None = None
+    graph: CapturedGraph,
+    stream: Stream,
+    compiler: str,
+    passes: Sequence[Pass] = (),
+    config: Mapping[str, Any] | None = None,
 ) -> StreamedGraph:
     """Compile a graph's regions and bind them to the store of a model; other arguments as in `compile_graph`."""
     regions = split(graph)
@@ -67,14 +71,16 @@ def compile_regions(
     compiled: dict[str, Callable[..., Any]] = {}
     for region in regions:
         if region.structure not in compiled:
-            compiled[region.structure] = _compile_one(
-                region.graph_module, region.fake_inputs, compiler, passes, config
-            )
+            compiled[region.structure] = _compile_one(region.graph_module, region.fake_inputs, compiler, passes, config)
     return compiled
 
 
 def _compile_one(
-    module: GraphModule, fake_inputs: Sequence[Any], compiler: str, passes: Sequence[Pass], config: Mapping[str, Any] | None
+    module: GraphModule,
+    fake_inputs: Sequence[Any],
+    compiler: str,
+    passes: Sequence[Pass],
+    config: Mapping[str, Any] | None,
 ) -> Callable[..., Any]:
     """``module`` becomes the compiler's own."""
     if compiler == "eager":

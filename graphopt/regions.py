@@ -246,7 +246,9 @@ def _missing_sizes(graph: CapturedGraph, nodes: Sequence[Node], inputs: Sequence
     for node, fake in zip(graph.placeholders, graph.fake_inputs, strict=True):
         if not isinstance(fake, torch.SymInt) or node in inputs:
             continue
-        expression = _compat.own_symbol(fake)  # of several that were found to be equal, the one that the others stand for
+        expression = _compat.own_symbol(
+            fake
+        )  # of several that were found to be equal, the one that the others stand for
         if expression in needed - known:
             known.add(expression)
             found.append(node)

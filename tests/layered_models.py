@@ -184,8 +184,12 @@ def one_layer_four_times() -> tuple[nn.Module, dict[str, Any]]:
 class UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.down = nn.ModuleList(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.GroupNorm(1, 2), nn.SiLU()) for _ in range(2))
-        self.up = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 2, 3, padding=1), nn.GroupNorm(1, 2), nn.SiLU()) for _ in range(2))
+        self.down = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.GroupNorm(1, 2), nn.SiLU()) for _ in range(2)
+        )
+        self.up = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(4, 2, 3, padding=1), nn.GroupNorm(1, 2), nn.SiLU()) for _ in range(2)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         kept = []
@@ -205,7 +209,9 @@ def skips_of_a_u_net() -> tuple[nn.Module, dict[str, Any]]:
 class Normalised(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.LeakyReLU()) for _ in range(4)))
+        self.layers = nn.Sequential(
+            *(nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.LeakyReLU()) for _ in range(4))
+        )
         self.head = nn.Linear(D, 3)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ fuses them needs less. Not counted is what a process takes without a model: Pyth
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,7 +31,7 @@ _BETWEEN = "values between layers"
 _GRADS = "their gradients"
 _LAYER_GRADS = "gradients of a layer"
 _WITHIN = "within a layer"
-_WAITING = "waiting for the disk, at most"
+_WAITING = "on its way to the disk"
 _OPTIMIZER = "the optimizer at work"
 _ON_THE_WAY = "parameters that are updated"
 _UPDATES = "gradients that wait for their update"
@@ -44,11 +45,13 @@ class Moment:
         name: which.
         device: bytes on the device, by what they are.
         host: bytes in host memory; with a CPU as the device, what is in ``device`` comes on top.
+        backlog: bytes of host memory on top, if the disk has not kept up with what was written so far.
     """
 
     name: str
-    device: Mapping[str, int] = field(default_factory=dict)
-    host: Mapping[str, int] = field(default_factory=dict)
+    device: Mapping[str, int]
+    host: Mapping[str, int]
+    backlog: int
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,12 @@ class Peak:
     Attributes:
         moment: when.
         parts: what they are.
+        at_most: bytes if the disk does not keep up with what is written.
     """
 
     moment: str
     parts: Mapping[str, int]
+    at_most: int
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +96,7 @@ class StepMemory:
         self._graphs, self._weights, self._options, self._optimizer = graphs, weights, options, optimizer
         self._sizes = Sizes(options, device)
         self._trained = trained(graphs)
-        self._waiting = 0  # bytes that were passed to the disk store so far
+        self._written: list[int] = []  # bytes that were passed to the disk store, stage by stage
 
     @property
     def disk(self) -> dict[str, int]:
@@ -120,30 +125,31 @@ class StepMemory:
         """On the device; if that is the CPU, in all of memory."""
         if self._sizes.on_cpu:
             return self.host_peak()
-        return max((Peak(m.name, m.device) for m in self._moments()), key=lambda peak: peak.nbytes)
+        peaks = [Peak(moment.name, _clean(moment.device), 0) for moment in self._moments()]
+        largest = max(peaks, key=lambda peak: peak.nbytes)
+        return replace(largest, at_most=largest.nbytes)
 
     def host_peak(self) -> Peak:
         """In host memory."""
         peaks = []
         for moment in self._moments():
-            parts = {**self._in_memory_store(), **(moment.device if self._sizes.on_cpu else {})}
-            for what, nbytes in moment.host.items():
-                parts[what] = parts.get(what, 0) + nbytes
-            peaks.append(Peak(moment.name, {what: nbytes for what, nbytes in parts.items() if nbytes}))
-        return max(peaks, key=lambda peak: peak.nbytes)
+            own = _added(self._in_memory_store(), moment.device if self._sizes.on_cpu else {}, moment.host)
+            peaks.append(Peak(moment.name, _clean(own), sum(own.values()) + moment.backlog))
+        return replace(max(peaks, key=lambda peak: peak.nbytes), at_most=max(peak.at_most for peak in peaks))
 
-    def buffers(self) -> int:
-        """The most that the store's own buffers take, ``Store.peak_resident_bytes``."""
-        names = (_LOADED, _WAITING, _ON_THE_WAY)
-        return max(
-            sum(parts.get(name, 0) for parts in (moment.device, moment.host) for name in names)
-            for moment in self._moments()
-        )
+    def buffers(self) -> tuple[int, int]:
+        """The most that the store's own buffers take (``Store.peak_resident_bytes``), and if the disk does not keep up."""
+        found = []
+        for moment in self._moments():
+            of_store = {_LOADED, _WAITING, _ON_THE_WAY}
+            nbytes = sum(parts.get(name, 0) for parts in (moment.device, moment.host) for name in of_store)
+            found.append((nbytes, nbytes + moment.backlog))
+        return max(least for least, _ in found), max(most for _, most in found)
 
     # ------------------------------------------------------------------------------------------------------- moments
 
     def _moments(self) -> Iterator[Moment]:
-        self._waiting = 0
+        self._written = []
         returned = 0
         for graph in self._graphs:
             yield from self._forward(graph, returned)
@@ -168,8 +174,8 @@ class StepMemory:
                 f"forward of {stage.name}", groups[position : position + 1 + self._options.prefetch], device, kept
             )
             new = [name for name in stage.reads if name not in kept]
-            self._waiting += sum(
-                graph.values[name].nbytes for name in new if on_disk(graph.values[name], self._options)
+            self._written.append(
+                sum(graph.values[name].nbytes for name in new if on_disk(graph.values[name], self._options))
             )
             kept |= set(new)
             alive -= set(stage.last_uses)
@@ -201,7 +207,7 @@ class StepMemory:
             yield self._moment(f"backward of {stage.name}", window, device, needed, host)
             handed_over.append(own)
             if not self._options.eager:
-                self._waiting += own
+                self._written.append(own)
             grads -= set(stage.outputs)
 
     def _step(self) -> Iterator[Moment]:
@@ -220,10 +226,10 @@ class StepMemory:
         if costs.num_states:
             new = sum(costs.num_states * costs.state_bytes(found.weight) for found in self._trained.values())
             made = max(costs.num_states * costs.state_bytes(found.weight) for found in self._trained.values())
-            self._waiting = new
+            self._written = [new - made, made]
             host = {_OPTIMIZER: working[_OPTIMIZER] + made, _ON_THE_WAY: self._visited(first)}
             yield self._moment("the first step of the optimizer", [], {}, (), host)
-        self._waiting = 0
+        self._written = []
         yield self._moment("step of the optimizer", [], {}, (), {**working, _ON_THE_WAY: self._visited(later)})
 
     def _visited(self, sizes: Sequence[tuple[int, int]]) -> int:
@@ -264,13 +270,15 @@ class StepMemory:
         """Add what is loaded, and what waits."""
         loaded = sum(window)
         found = {**(host or {})}
+        backlog = 0
         if self._sizes.is_disk:
-            found[_WAITING] = min(self._waiting, MAX_WAITING)
+            found[_WAITING] = min(self._written[-1] if self._written else 0, MAX_WAITING)
+            backlog = min(sum(self._written), MAX_WAITING) - found[_WAITING]
         if self._sizes.is_disk and not self._sizes.on_cpu:
             found[_LOADED] = loaded  # on its way through the host
         if self._options.stash == "cpu" and not self._sizes.on_cpu:
             found[_BETWEEN] = sum(graph.values[k].nbytes for graph in self._graphs for k in kept if k in graph.values)
-        return Moment(name, {_LOADED: loaded, **device}, found)
+        return Moment(name, {_LOADED: loaded, **device}, found, backlog)
 
     # --------------------------------------------------------------------------------------------------------- sizes
 
@@ -324,6 +332,17 @@ def _cotangents(graph: GraphCosts) -> set[str]:
     found = {name for name in graph.returned if graph.values[name].is_differentiable}
     losses = {name for name in found if graph.values[name].is_scalar}
     return losses or found
+
+
+def _added(*parts: Mapping[str, int]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for some in parts:
+        total.update(some)
+    return dict(total)
+
+
+def _clean(parts: Mapping[str, int]) -> dict[str, int]:
+    return {what: nbytes for what, nbytes in parts.items() if nbytes}
 
 
 def _joined(graph: GraphCosts, stage: StageCosts) -> int:

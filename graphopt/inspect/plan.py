@@ -1,8 +1,8 @@
 """What it will take to train a model layer by layer: memory, bytes moved, and time, before anything runs.
 
-`graphopt.passes.LayerToLayer.plan` makes a `Plan`, and so does the command ``graphopt plan``. The model is captured without memory
-and without computing anything (`graphopt.inspect.dry_run`), so one that fits on no machine can be planned: put it on the meta
-device.
+`graphopt.passes.LayerToLayer.plan` makes a `Plan`, and so does the command ``graphopt plan``. The model is captured without
+memory and without computing anything (`graphopt.inspect.dry_run`), so one that fits on no machine can be planned: put it on the
+meta device.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from graphopt.errors import OptionError, UnsupportedError
 from graphopt.inspect.dry_run import capture
 from graphopt.inspect.machine import Machine, given, measured
 from graphopt.inspect.memory import Peak, StepMemory
-from graphopt.inspect.stage_costs import GraphCosts, StageCosts, Weight, costs_of
 from graphopt.inspect.plan_text import lines, short
+from graphopt.inspect.stage_costs import GraphCosts, StageCosts, Weight, costs_of
 from graphopt.inspect.timing import Timing, hiding_rows, timing_of
 from graphopt.inspect.traffic import OptimizerCosts, Traffic, optimizer_costs, stages_of, traffic_of
 from graphopt.pipeline import Pass
@@ -79,7 +79,7 @@ class Plan:
         device_peak: the most memory on the device; on a CPU, all memory.
         host_peak: the most memory of the host.
         disk: bytes of the store's files, by what they hold.
-        buffer_bytes: the most that the store's buffers take, of the above.
+        buffer_bytes: the most that the store's buffers take, of the above; and if the disk does not keep up.
         machine: its speeds.
         timing: of a step without ``eager``; ``None`` if speeds are missing.
         timing_eager: the same with it.
@@ -102,7 +102,7 @@ class Plan:
     device_peak: Peak
     host_peak: Peak
     disk: Mapping[str, int]
-    buffer_bytes: int
+    buffer_bytes: tuple[int, int]
     machine: Machine
     timing: Timing | None
     timing_eager: Timing | None
@@ -126,17 +126,12 @@ class Plan:
             "num_samples": self.num_samples,
             "parameter_bytes": self.parameter_bytes,
             "stages": [{**asdict(stage), "training": stage.training} for stage in self.stages],
-            "peak_bytes": {
-                "device": self.device_peak.nbytes,
-                "host": self.host_peak.nbytes,
-                "disk": sum(self.disk.values()),
+            "peak": {
+                "device": {"bytes": self.device_peak.nbytes, **asdict(self.device_peak)},
+                "host": {"bytes": self.host_peak.nbytes, **asdict(self.host_peak)},
+                "disk": {"bytes": sum(self.disk.values()), "parts": dict(self.disk)},
             },
-            "peaks": {
-                "device": {"moment": self.device_peak.moment, "parts": dict(self.device_peak.parts)},
-                "host": {"moment": self.host_peak.moment, "parts": dict(self.host_peak.parts)},
-                "disk": dict(self.disk),
-            },
-            "buffer_bytes": self.buffer_bytes,
+            "buffer_bytes": list(self.buffer_bytes),
             "moved": {
                 "eager=False": [asdict(move) for move in self.traffic.moves],
                 "eager=True": [asdict(move) for move in self.traffic_eager.moves],

@@ -39,7 +39,7 @@ def lines(plan: Plan) -> Iterator[str]:
     yield from _moved(plan)
     yield ""
     yield from _time(plan)
-    yield from (f"note: {note}" for note in plan.notes if "takes the whole batch" not in note)
+    yield from (f"note: {note}" for note in plan.notes if not re.search(r"^\d+ regions, |takes the whole batch", note))
 
 
 def short(number: float) -> str:
@@ -102,8 +102,10 @@ def _memory(plan: Plan) -> Iterator[str]:
         places.append(("memory of the host", plan.host_peak))
     rows = []
     for place, peak in places:
-        rows.append((f"{place}, at most, in {peak.moment}", f"{short(peak.nbytes)}B"))
-        rows += [(f"    {what}", f"{short(nbytes)}B") for what, nbytes in peak.parts.items() if nbytes]
+        rows.append((f"{place} at its peak, in {peak.moment}", f"{short(peak.nbytes)}B"))
+        rows += [(f"    {what}", f"{short(nbytes)}B") for what, nbytes in peak.parts.items()]
+        if peak.at_most > peak.nbytes:
+            rows.append(("    at most, if the disk does not keep up", f"{short(peak.at_most)}B"))
     if plan.disk:
         rows.append(("files of the store", f"{short(sum(plan.disk.values()))}B"))
         rows += [(f"    {what}", f"{short(nbytes)}B") for what, nbytes in plan.disk.items() if nbytes]
@@ -145,10 +147,10 @@ def _time(plan: Plan) -> Iterator[str]:
     yield f"a step takes at least {_both(timing)}; with eager={not plan.options.eager}, {_both(other)}"
     if plan.hidden_from is not None:
         whole = plan.step_hidden_from
-        rest = "no number hides" if whole == float("inf") else f"{short(whole or 0).strip()} hide"
+        rest = "no number hides" if whole == float("inf") else f"{whole or 0:,.0f} hide"
         yield (
-            f"{short(plan.hidden_from).strip()} rows per visit of a layer hide the transfer of its weights behind its forward, "
-            f"{rest} all that a step moves; this batch has {short(plan.rows_per_visit).strip()}"
+            f"{plan.hidden_from:,.0f} rows per visit of a layer hide the transfer of its weights behind its forward, {rest} all that "
+            f"a step moves; this batch has {plan.rows_per_visit:,.0f}"
         )
 
 

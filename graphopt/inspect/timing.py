@@ -16,7 +16,7 @@ class PhaseTime:
     """Seconds that a phase of a step computes and moves bytes.
 
     Attributes:
-        phase: ``"forward"``, ``"backward"`` (with computing forward again), ``"optimizer"``, or with ``eager`` the last two in one.
+        phase: ``"forward"``, ``"backward"`` (with computing forward again), ``"optimizer"``; with ``eager`` the last two in one.
         compute: of these seconds, ``update`` are the optimizer's.
     """
 
@@ -27,7 +27,9 @@ class PhaseTime:
 
     @property
     def bound(self) -> str:
-        """``"compute"`` or ``"transfer"``, whichever takes longer."""
+        """``"compute"`` or ``"transfer"``, whichever takes longer; nothing if there is neither."""
+        if not self.compute and not self.transfer:
+            return ""
         return "compute" if self.compute >= self.transfer else "transfer"
 
 

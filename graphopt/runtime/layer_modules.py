@@ -127,8 +127,8 @@ def try_call(
     name = type(model).__name__
     _bind(model, args, kwargs)
     device = device or next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    args, kwargs = pytree.tree_map(lambda value: _placed(value, device), (tuple(args), dict(kwargs)))
-    return _try_call(_without_values(model, device), name, args, kwargs, setup, is_whole)
+    own_args, own_kwargs = pytree.tree_map(lambda value: _placed(value, device), (tuple(args), dict(kwargs)))
+    return _try_call(_without_values(model, device), name, own_args, own_kwargs, setup, is_whole)
 
 
 def _try_call(
@@ -136,9 +136,6 @@ def _try_call(
 ) -> Trial:
     found: list[TrialGraph] = []
     here = [(model, found)]  # Dynamo keeps backends for ever: this one lets go of the model
-
-    def call(*values: Any, **keywords: Any) -> Any:
-        return model._call_impl(*values, **keywords)
 
     def collect(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         own, graphs = here[0]
@@ -156,7 +153,7 @@ def _try_call(
     own_sizes = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
     try:
         with capture_settings(), own_sizes, torch.enable_grad():
-            compiled = torch.compile(with_own_code(cast(FunctionType, call)), backend=collect, fullgraph=is_whole)
+            compiled = torch.compile(_call_of(model), backend=collect, fullgraph=is_whole)
             result = compiled(*args, **kwargs)
     except (NotImplementedError, RuntimeError) as error:
         inner = getattr(error, "inner_exception", error)
@@ -164,7 +161,7 @@ def _try_call(
             raise inner from inner.__cause__
         what = "cannot be captured in one graph" if is_whole else "cannot be traced without running it"
         raise UnsupportedError(
-            f"{name} {what} ({type(inner).__name__}: {_first_line(inner)}). Remove what breaks the graph "
+            f"{name} {what} ({_reason(inner)}). Remove what breaks the graph "
             "(TORCH_LOGS=graph_breaks shows where it is)"
         ) from error
     finally:
@@ -172,8 +169,20 @@ def _try_call(
     return Trial(model, _bind(model, args, kwargs), result, found)
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no text")
+def _call_of(model: nn.Module) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:  # as in `transform`: the graph's inputs are named after these variables
+        return model._call_impl(*args, **kwargs)
+
+    return with_own_code(cast(FunctionType, call))
+
+
+def _reason(error: BaseException) -> str:
+    """What Dynamo says about a model that it cannot trace, and where in the user's code that is."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no text"]
+    explained = next((line for line in lines if line.startswith("Explanation: ")), "").removeprefix("Explanation: ")
+    places = [line for line in lines if line.startswith('File "')]
+    reason = f"{type(error).__name__}: {lines[0]}{f': {explained[:300]}' if explained else ''}"
+    return f"{reason}, at {places[-1]}" if places else reason
 
 
 def _bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,15 +69,15 @@ class PipelineCut:
         trial = try_call(model, args, kwargs, self._setup, is_whole=True, device=device)
         if not trial.graphs:
             raise UnsupportedError(f"{self._name} computes nothing that could be cut into stages")
-        captured = trial.graphs[0]
+        captured = trial.graphs[-1]
         self.graph = captured.graph.copy()
         found = fit_for_streaming(self.graph, find_layers(self.graph, boundaries))
         found = without_shared_writes(self.graph, found)
         if len(found) < num_stages:
             raise OptionError(
                 f"num_stages={num_stages}, but {self._name} has {len(found)} layers and parts between them "
-                f"({', '.join(segment.name for segment in found)}). Use at most {len(found)} stages, or say with boundaries= where "
-                "smaller layers begin"
+                f"({', '.join(segment.name for segment in found)}). Use at most {len(found)} stages, or say where smaller layers "
+                "begin: boundaries="
             )
         self.groups = _balanced(self.graph, found, num_stages)
         arrange(self.graph, found)
@@ -172,8 +172,8 @@ class PipelineCut:
                 producer[node] = min(stages)
             elif len(stages) > 1 and any(_may_write(user) for user in node.users):
                 raise UnsupportedError(
-                    f"{getattr(source, 'name', node.name)} of {self._name} is written by layers of the stages {sorted(stages)}, and "
-                    "each would change a copy of its own. Use fewer stages, or boundaries= that keep these layers together"
+                    f"{getattr(source, 'name', node.name)} of {self._name} is written by layers of the stages {sorted(stages)}, "
+                    "and each would change a copy of its own. Use fewer stages, or boundaries= that keep these layers together"
                 )
         return producer, {node: max(stages) for node, stages in uses.items()}
 
@@ -186,8 +186,8 @@ class PipelineCut:
             if len(stages) > 1:
                 name = self.graph.inputs[described.companion_of].name
                 raise UnsupportedError(
-                    f"{name} of {self._name} is used in the stages {sorted(stages)}, and {described.annotation.name} needs all uses "
-                    f"of a parameter in one. Give the other layers a parameter of their own (untie it), or leave it out: "
+                    f"{name} of {self._name} is used in the stages {sorted(stages)}, and {described.annotation.name} needs all "
+                    "uses of a parameter in one. Give the other layers a parameter of their own (untie it), or leave it out: "
                     f"TrueGrad(where=lambda name, parameter: name != {name!r}), or use fewer stages"
                 )
 
@@ -323,8 +323,8 @@ def _without_layer_to_layer(setup: Setup, boundaries: Boundaries) -> tuple[Setup
         if isinstance(item, LayerToLayer):
             if item.streaming is not None:
                 raise OptionError(
-                    f"LayerToLayer(store={item.store!r}) streams the layers of a whole model, and a pipeline's stage is a part of "
-                    "one. Use LayerToLayer() without store, or no pipeline"
+                    f"LayerToLayer(store={item.store!r}) streams the layers of a whole model, and a pipeline's stage is a part "
+                    "of one. Use LayerToLayer() without store, or no pipeline"
                 )
             boundaries = item.boundaries if boundaries == "auto" else boundaries
     return dataclasses.replace(setup, passes=passes), boundaries
@@ -371,21 +371,30 @@ def _by_stage(graph: CapturedGraph, groups: Sequence[Sequence[Segment]]) -> Iter
 def _sources_of(
     graph: CapturedGraph, captured: TrialGraph, model: nn.Module, arguments: Mapping[str, Any]
 ) -> dict[Node, Source]:
-    """Where the inputs of the whole graph come from; those that passes have added are bound by the runtime."""
+    """Where the inputs of the whole graph come from; those that passes have added are bound by the runtime.
+
+    Raises:
+        UnsupportedError: a tensor that nobody could hand to a stage.
+    """
     names = {id(tensor): name for name, tensor in itertools.chain(model.named_buffers(), model.named_parameters())}
     paths: dict[int, str] = {}
     for path, value in arguments.items():
         paths.setdefault(id(value), path)
     found: dict[Node, Source] = {}
-    for node, value in zip(graph.placeholders, captured.inputs, strict=False):
+    for node, described, value in zip(graph.placeholders, graph.inputs, captured.inputs, strict=False):
         if not isinstance(value, Tensor):
             found[node] = Fixed(_hint(value))
         elif id(value) in names:
             found[node] = Own(names[id(value)])
         elif id(value) in paths:
             found[node] = Argument(paths[id(value)])
-        else:
+        elif described.kind is InputKind.BUFFER and not value.is_meta:
             found[node] = Fixed(value)
+        else:
+            raise UnsupportedError(
+                f"{type(model).__name__} uses the tensor {described.name}, which is no parameter or buffer of it and not found "
+                "in its arguments. Register it (register_buffer), or pass it as it is, or in tuples, lists and dicts"
+            )
     return found
 
 

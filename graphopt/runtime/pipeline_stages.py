@@ -1,8 +1,8 @@
 """Stages of `torch.distributed.pipelining`, cut out of a model at its layers.
 
-The model's graph is captured for one micro-batch, its layers are found as `graphopt.passes.LayerToLayer` finds them, and groups of
-consecutive layers with about equally many bytes of parameters become the stages. A stage is a graph of its own, compiled as any
-other is: each distinct layer once. Between two stages travels what later layers read of earlier ones, and of the model's
+The model's graph is captured for one micro-batch, its layers are found as `graphopt.passes.LayerToLayer` finds them, and groups
+of consecutive layers with about equally many bytes of parameters become the stages. A stage is a graph of its own, compiled as
+any other is: each distinct layer once. Between two stages travels what later layers read of earlier ones, and of the model's
 arguments; what skips a stage is handed through it, and its gradient goes back the same way. Schedules, communication and the
 accumulation of gradients are torch's.
 
@@ -57,9 +57,10 @@ def pipeline_stage(
             schedule.step(target=target, losses=losses)
 
     The first stage takes the model's arguments, and only its rank gives them to ``schedule.step``; the others get what they need
-    of them from the stage before. The last returns the model's output: a tensor, or a tuple of the tensors in it, in order. A loss
-    that the model computes itself is one of them: ``loss_fn=lambda outputs, target: outputs[0]``, with the labels as ``target``
-    as well, because schedules ask for one, and ``schedule.step(..., return_outputs=False)``, because they cannot join scalars.
+    of them from the stage before. The last returns the model's output: a tensor, or a tuple of the tensors in it, in order. A
+    loss that the model computes itself is one of them: ``loss_fn=lambda outputs, target: outputs[0]``, with the labels as
+    ``target`` as well, because schedules ask for one, and ``schedule.step(..., return_outputs=False)``, because they cannot join
+    scalars.
 
     The stage has the model's own ``Parameter`` objects, moved to ``device``, under the names that they have in the model. Delete
     the model, and no others stay in memory. A model on the meta device needs no memory in the first place: give each stage what
@@ -122,16 +123,16 @@ def _check_place(num_stages: int, stage_index: int, group: ProcessGroup | None) 
         )
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         raise OptionError(
-            "a pipeline needs a process group: start the processes with torchrun, and call torch.distributed.init_process_group() "
-            "before graphopt.pipeline_stage"
+            "a pipeline needs a process group: start the processes with torchrun, and call "
+            "torch.distributed.init_process_group() before graphopt.pipeline_stage"
         )
     rank, size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     if rank < 0:
         raise OptionError("this process is not in the group= that was given; only its members have stages")
     if num_stages % size:
         raise OptionError(
-            f"num_stages={num_stages} cannot be shared evenly by the {size} processes of the group: start {num_stages} processes, "
-            f"give a group= of that size, or make num_stages a multiple of {size}"
+            f"num_stages={num_stages} cannot be shared evenly by the {size} processes of the group: start {num_stages} "
+            f"processes, give a group= of that size, or make num_stages a multiple of {size}"
         )
     if num_stages == size and stage_index != rank:
         raise OptionError(

@@ -137,7 +137,7 @@ class StageModule(nn.Module):
             if id(tensor) in homes:
                 self._ties.append((*homes[id(tensor)], *home))
             homes.setdefault(id(tensor), home)
-        self.register_load_state_dict_post_hook(lambda module, _: module._renewed())
+        self.register_load_state_dict_post_hook(lambda module, _: module._renewed())  # type: ignore[no-untyped-call]
         self.train(layout.is_training)
 
     @property
@@ -171,7 +171,12 @@ class StageModule(nn.Module):
             results = [value.detach() for value in results]  # graphs that were compiled for training require gradients
         if layout.index + 1 < layout.num_stages:
             return tuple(value.contiguous() for value in results)
-        return results[0] if layout.returns_one else tuple(results)
+        # PipelineStage detaches what the last stage returns in place, unless it is a view; a parameter would be frozen.
+        kept = [
+            value.view_as(value) if isinstance(source, Own) else value
+            for source, value in zip(layout.results, results, strict=True)
+        ]
+        return kept[0] if layout.returns_one else tuple(kept)
 
     def train(self, mode: bool = True) -> StageModule:
         """Accept the mode that the model was in when it was cut.
@@ -209,8 +214,10 @@ class StageModule(nn.Module):
         """One tensor for all names of a tied parameter: ``to_empty`` and ``load_state_dict(assign=True)`` make several."""
         self._has_values = False
         for first, name, module, own in self._ties:
-            kind = first._parameters if name in first._parameters else first._buffers
-            (module._parameters if kind is first._parameters else module._buffers)[own] = kind[name]  # type: ignore[index]
+            if name in first._parameters:
+                module._parameters[own] = first._parameters[name]
+            else:
+                module._buffers[own] = first._buffers[name]
 
     def _check_values(self) -> None:
         if self._has_values:
@@ -218,8 +225,8 @@ class StageModule(nn.Module):
         layout = self._layout
         if names := [name for name in self._homes if self._own(name).is_meta]:
             raise OptionError(
-                f"stage {layout.index} has no values for {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}: they are on "
-                "the meta device. Type: stage.submod.load_state_dict({name: ... for name in stage.submod.state_dict()}, "
+                f"stage {layout.index} has no values for {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}: they are "
+                "on the meta device. Type: stage.submod.load_state_dict({name: ... for name in stage.submod.state_dict()}, "
                 "assign=True); buffers that are not in a state_dict must be set by hand"
             )
         if names := [name for name in self._homes if self._own(name).device != layout.device]:
@@ -260,8 +267,8 @@ class StageModule(nn.Module):
         layout = self._layout
         if len(args) != len(layout.received):
             raise OptionError(
-                f"stage {layout.index} was called with {len(args)} tensors, and the stage before it sends {len(layout.received)}. "
-                "Give the model's arguments to schedule.step() on the rank of the first stage only"
+                f"stage {layout.index} was called with {len(args)} tensors, and the stage before it sends "
+                f"{len(layout.received)}. Give the model's arguments to schedule.step() on the rank of the first stage only"
             )
         return {}
 

@@ -101,12 +101,14 @@ class LayerToLayer(Pass):
                 "with it"
             )
         if self.resume and self.store != "disk":
-            raise OptionError(f"LayerToLayer(resume=True, store={self.store!r}): only a disk store outlives its process")
+            raise OptionError(
+                f"LayerToLayer(resume=True, store={self.store!r}): only a disk store outlives its process"
+            )
         if self.stash == "disk" and self.store != "disk":
             raise OptionError(f"LayerToLayer(stash='disk', store={self.store!r}): only a disk store has a file for it")
-        for option, value, least in (("microbatch_size", self.microbatch_size, 1), ("prefetch", self.prefetch, 0)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise OptionError(f"LayerToLayer({option}={value!r}): it is an int, at least {least}")
+        for option, number, least in (("microbatch_size", self.microbatch_size, 1), ("prefetch", self.prefetch, 0)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < least):
+                raise OptionError(f"LayerToLayer({option}={number!r}): it is an int, at least {least}")
         if isinstance(self.boundaries, list):
             object.__setattr__(self, "boundaries", tuple(self.boundaries))
 

@@ -1,8 +1,9 @@
 """Find a model's layers: in the paths of its modules, and in what their operators have in common.
 
-``"auto"`` takes numbered modules (``encoder.layer.3``, ``blocks.0``, ``layer1`` beside ``layer2``), and modules that are called several
-times, the outermost first; where those of one container are all different, it looks for numbered modules inside them. Modules without parameters (activations in an ``nn.Sequential``) go
-with the layer in front of them, and a pattern that repeats (linear, norm, linear, norm, ...) becomes one layer.
+``"auto"`` takes numbered modules (``encoder.layer.3``, ``blocks.0``, ``layer1`` beside ``layer2``), and modules that are called
+several times, the outermost first; where those of one container are all different, it looks for numbered modules inside them.
+Modules without parameters (activations in an ``nn.Sequential``) go with the layer in front of them, and a pattern that repeats
+(linear, norm, linear, norm, ...) becomes one layer.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from itertools import groupby
-from typing import cast
 
 from torch.fx import Node
 
@@ -128,8 +128,8 @@ def _by_path(graph: CapturedGraph, paths: Sequence[str]) -> Callable[[Node], Lay
         if not any(fnmatchcase(path, pattern) for path in known | {p.rpartition(".")[0] for p in known}):
             near = ", ".join(sorted({p.rpartition(".")[0] for p in known if re.search(r"\.\d+$", p)})) or "none"
             raise OptionError(
-                f"LayerToLayer(boundaries={pattern!r}): no operator of this graph comes from such a module. Modules with numbered "
-                f"layers: {near}"
+                f"LayerToLayer(boundaries={pattern!r}): no operator of this graph comes from such a module. Modules with "
+                f"numbered layers: {near}"
             )
 
     def layer_of(node: Node) -> Layer | None:
@@ -200,5 +200,5 @@ def _joined(parts: Sequence[Segment]) -> Segment:
     for part in parts[1:]:
         whole = merged(whole, part)
     if len(parts) > 1:
-        whole.name = f"{parts[0].name} to {cast(str, parts[-1].name).rpartition('.')[2]}"
+        whole.name = f"{parts[0].name} to {parts[-1].name.rpartition('.')[2]}"
     return whole

@@ -72,5 +72,8 @@ def _call(graph: CapturedGraph, like: Node, target: Any, *args: Any) -> Node:
     values = torch.fx.map_arg(args, lambda argument: argument.meta["val"])
     with graph.fake_mode, torch.no_grad():
         value: Tensor = target(*values)
-    node.meta = {**{k: v for k, v in like.meta.items() if k not in ("val", "example_value", "tensor_meta")}, "val": value}
+    node.meta = {
+        **{k: v for k, v in like.meta.items() if k not in ("val", "example_value", "tensor_meta")},
+        "val": value,
+    }
     return node

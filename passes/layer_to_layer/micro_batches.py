@@ -46,9 +46,7 @@ _BATCH_STATISTICS = {
     "_batch_norm_with_update": (99, ""),
 }
 _INDEXED_BY_NUMBER = frozenset("index index_put gather index_select _unsafe_index".split())
-_ONE_SIZE = (
-    "the graph was captured for one batch size only: Python code or an option fixed it, or the batch has a single sample"
-)
+_ONE_SIZE = "the graph was captured for one batch size only: Python code or an option fixed it, or the batch has a single sample"
 
 
 @dataclass
@@ -74,7 +72,7 @@ class Samples:
             return cls(problem=str(error))
         nums = {layout.num for node in graph.placeholders if isinstance(layout := layouts[node], SampleAxis)}
         symbols = frozenset(symbol for num in nums for symbol in num.free_symbols)
-        return cls(layouts, cast(frozenset[sympy.Symbol], symbols), None if symbols else _ONE_SIZE)
+        return cls(layouts, symbols, None if symbols else _ONE_SIZE)
 
     def why_whole(self, node: Node) -> str | None:
         """Why an operator needs all samples at once; ``None`` if it does not."""
@@ -91,7 +89,9 @@ class Samples:
         random = torch.Tag.nondeterministic_seeded in node.target.tags
         layouts = self.layouts.get(node, Free())
         values = pytree.tree_leaves(node.meta.get("val"))
-        for layout, value in zip(layouts if isinstance(layouts, list) else [layouts] * len(values), values, strict=True):
+        for layout, value in zip(
+            layouts if isinstance(layouts, list) else [layouts] * len(values), values, strict=True
+        ):
             if isinstance(value, Tensor) and (why := self._why_whole_value(node, layout, value, random)):
                 return why
         return None
@@ -148,13 +148,13 @@ def plan_micro_batches(graph: CapturedGraph, segments: Sequence[Segment], sample
         own = set(segment.nodes)
         entering = {a for node in segment.nodes for a in node.all_input_nodes if a not in own}
         lost = next((a for a in entering if isinstance(samples.layouts.get(a), Lost)), None)
-        why = next((found for node in segment.nodes if (found := samples.why_whole(node))), None)
+        why = next((reason for node in segment.nodes if (reason := samples.why_whole(node))), None)
         if why is None and lost is not None:
             why = f"{lost.name}, which enters it, has no axis for the samples"
         if why is not None:
             whole[stage] = why
-    found = {node.name: rows for node in graph.graph_module.graph.nodes if (rows := samples.rows(node)) is not None}
-    return MicroBatches(found, whole, samples.symbols)
+    cut = {node.name: rows for node in graph.graph_module.graph.nodes if (rows := samples.rows(node)) is not None}
+    return MicroBatches(cut, whole, samples.symbols)
 
 
 def split_tail(segments: Sequence[Segment], samples: Samples) -> list[Segment]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
 
 from graphopt import _compat
 from graphopt.capture import CapturedGraph
@@ -131,7 +132,7 @@ def _written(node: Node) -> list[Node]:
     found: list[Node] = []
     for argument, declared in zip(node.args, node.target._schema.arguments, strict=False):
         if declared.alias_info is not None and declared.alias_info.is_write:
-            torch.fx.map_arg(cast(Any, argument), lambda written: found.append(written) or written)
+            found += [leaf for leaf in pytree.tree_leaves(argument) if isinstance(leaf, Node)]
     return found
 
 
@@ -141,7 +142,9 @@ def _runs(operators: Sequence[Node], layer_of: Callable[[Node], Layer | None]) -
     for node in operators:
         layer = layer_of(node)
         if not found or found[-1].layer != layer:
-            found.append(Segment("" if layer is None else layer.path, [], layer, "" if layer is None else layer.container))
+            found.append(
+                Segment("" if layer is None else layer.path, [], layer, "" if layer is None else layer.container)
+            )
         found[-1].nodes.append(node)
     joined: list[Segment] = []
     for position, segment in enumerate(found):

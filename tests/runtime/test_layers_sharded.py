@@ -14,7 +14,6 @@ from graphopt.errors import OptionError
 from graphopt.passes import LayerToLayer, TrueGrad
 from graphopt.runtime.layer_modules import layers
 from tests.layered_models import MODELS, Stack
-from tests.models import Block
 from tests.oracle import from_losses
 from tests.runtime import processes
 
@@ -25,6 +24,25 @@ EXACT = {"rtol": 1e-10, "atol": 1e-13}
 @pytest.fixture(scope="module")
 def ranks():
     yield from processes.running()
+
+
+class Layer(nn.Module):
+    """A width that two ranks cannot share evenly, and a parameter that is smaller than that."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.first = nn.Linear(6, 5)
+        self.second = nn.Linear(5, 6)
+        self.single = nn.Parameter(torch.rand(1))
+
+    def forward(self, x):
+        return x + self.single * self.second(self.first(self.norm(x)).tanh())
+
+
+def stack(num_layers):
+    torch.manual_seed(1)
+    return Stack([Layer() for _ in range(num_layers)]).double()
 
 
 def names_of(model, found):
@@ -40,25 +58,26 @@ def test_numbered_modules():
 
 
 def test_they_are_those_of_the_pass():
-    model, kwargs = MODELS["transformer"].build()
-    found = names_of(model, layers(model, **kwargs))
+    model, ids = stack(6), batch(2, 0)
+    found = names_of(model, layers(model, ids))
     graphopt.transform(model, [LayerToLayer()], compiler="eager")
-    model(**kwargs)
+    model(ids)
     (note, *_) = graphopt.records(model)[0].results[0].notes
-    assert found == ["layers.0", "layers.1", "layers.2"]
+    assert found == [f"layers.{number}" for number in range(6)]
     assert f"before {found[0]}, {', '.join(found)}, after {found[-1]}" in note
-    assert {name.partition(".weight")[0]: p.stage.layer for name, p in model.layers[1].named_parameters()}
     assert {p.stage.layer for p in model.layers[1].parameters()} == {"layers.1"}
-    assert names_of(model, layers(model, **kwargs)) == found  # also of a transformed model
+    assert names_of(model, layers(model, ids)) == found  # also of a transformed model
 
 
 def test_the_meta_device_and_boundaries():
     with torch.device("meta"):
-        model = Stack([Block(6) for _ in range(3)])
-    ids = torch.randint(11, (2, 4), device="meta")
+        model = stack(3)
+    ids = batch(2, 0).to("meta")
     assert names_of(model, layers(model, ids)) == ["layers.0", "layers.1", "layers.2"]
     assert names_of(model, layers(model, ids, boundaries=["norm", "head"])) == ["norm", "head"]
-    assert names_of(model, layers(model, ids, boundaries=lambda path: path if path == "layers.1" else None)) == ["layers.1"]
+    assert names_of(model, layers(model, ids, boundaries=lambda path: path if path == "layers.1" else None)) == [
+        "layers.1"
+    ]
     with pytest.raises(OptionError, match=r"boundaries='blocks'.*no operator of this graph"):
         layers(model, ids, boundaries="blocks")
     with pytest.raises(OptionError, match=r"arguments do not fit the forward of Stack .*'ids'"):
@@ -74,26 +93,6 @@ def test_modules_called_several_times_and_modules_in_pairs():
 
 
 # --- FSDP2 --------------------------------------------------------------------------------------------------------------------
-
-
-class Layer(nn.Module):
-    """A width that two ranks cannot share evenly, a parameter that is smaller than that, and a number that Python reads."""
-
-    def __init__(self, number):
-        super().__init__()
-        self.number = number
-        self.norm = nn.LayerNorm(6)
-        self.first = nn.Linear(6, 5)
-        self.second = nn.Linear(5, 6)
-        self.single = nn.Parameter(torch.rand(1))
-
-    def forward(self, x):
-        return x + self.single * self.second(self.first(self.norm(x)).tanh())
-
-
-def stack(num_layers):
-    torch.manual_seed(1)
-    return Stack([Layer(number) for number in range(num_layers)]).double()
 
 
 def batch(num, seed):
@@ -118,7 +117,7 @@ def sharded(model, ids):
 
 
 def trained(rank):
-    plain = stack(4)
+    plain = stack(3)
     model = sharded(copy.deepcopy(plain), batch(2, 0))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     reference = torch.optim.SGD(plain.parameters(), lr=0.05)
@@ -153,12 +152,12 @@ def counted(rank):
     """Graphs that are compiled at 3 and at 6 equal layers: the embedding, a layer, the norm, the head."""
     counts = []
     for num_layers in (3, 6):
-        torch._dynamo.utils.counters.clear()
         model = sharded(stack(num_layers), batch(2, 0))
+        torch._dynamo.utils.counters.clear()
         for step in range(2):
             total(model(batch(2, seed=step + rank))).backward()
         counts.append((len(graphopt.records(model)), torch._dynamo.utils.counters["stats"]["unique_graphs"]))
-    assert counts == [(4, 4), (4, 4)]
+    assert counts == [(4, 4), (4, 4)], counts
 
 
 def test_equal_layers_are_compiled_once(ranks):

@@ -106,8 +106,9 @@ def wait_for(futures: Iterable[Future[Any]]) -> None:
 def when_done(futures: Sequence[Future[Any]], function: Callable[[], None]) -> None:
     """Call a function once, when all jobs are done; at once if they are."""
     left = itertools.count(len(futures), -1)
+    waiting = [function]  # emptied by the call: a future keeps its callbacks, and with them what the function refers to
     for future in futures:
-        future.add_done_callback(lambda _: function() if next(left) == 1 else None)
+        future.add_done_callback(lambda _: waiting.pop()() if next(left) == 1 else None)
     if not futures:
         function()
 

@@ -7,7 +7,6 @@ import difflib
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.errors import OptionError, StoreError
+from graphopt.runtime.streaming.husks import is_pretrained
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -145,12 +145,6 @@ def match(model: nn.Module, checkpoint: Checkpoint, *, may_miss: bool) -> Match:
             advice = f". To initialise what the file lacks, pass initialize= as well: {own}"
         raise StoreError(f"the checkpoint does not fit {type(model).__name__}: {'; '.join(errors)}{advice}")
     return Match(groups, unique)
-
-
-def is_pretrained(module: nn.Module) -> bool:
-    """Whether transformers knows how to initialise the module."""
-    modeling = sys.modules.get("transformers.modeling_utils")  # not imported: no such model can exist
-    return modeling is not None and isinstance(module, modeling.PreTrainedModel)
 
 
 def _files_of(paths: Paths) -> Iterator[Path]:

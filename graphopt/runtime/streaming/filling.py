@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from graphopt import _compat
 from graphopt.errors import OptionError, StoreError
 from graphopt.runtime.stores import DiskStore, StoredTensor
-from graphopt.runtime.streaming.checkpoints import Checkpoint, Match, Paths, converted, is_pretrained, match
-from graphopt.runtime.streaming.husks import become, small_state, swappable
+from graphopt.runtime.streaming.checkpoints import Checkpoint, Match, Paths, converted, match
+from graphopt.runtime.streaming.husks import become, is_pretrained, small_state, swappable, tie_again
 from graphopt.runtime.streaming.slots import Slot, signature
 
 _PENDING = 16 << 20  # bytes that may wait for the disk; more would only take memory
@@ -62,6 +62,7 @@ def fill_store(
         StoreError: there is a store with values, or the checkpoint does not fit. After any error the model is as it was.
     """
     _check(model, dtype)
+    tie_again(model)
     filling = _Filling(model, torch.device(device))
     with swappable(model), torch.no_grad():
         try:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,19 @@ def become(tensor: Tensor, value: Tensor) -> None:
     fresh = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
     fresh.__dict__.update({name: kept for name, kept in tensor.__dict__.items() if name not in _NOT_CARRIED})
     torch.utils.swap_tensors(tensor, fresh)
+
+
+def tie_again(model: nn.Module) -> None:
+    """Make ties that ``accelerate.init_empty_weights`` breaks, as it makes a parameter of its own wherever one is registered."""
+    for module in model.modules():
+        if is_pretrained(module):
+            cast(Any, module).tie_weights()
+
+
+def is_pretrained(module: nn.Module) -> bool:
+    """Whether it is a model of transformers."""
+    modeling = sys.modules.get("transformers.modeling_utils")  # not imported: no such model can exist
+    return modeling is not None and isinstance(module, modeling.PreTrainedModel)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def evaluate(expression: sympy.Expr, sizes: Sizes) -> int:
         return int(cast(Any, expression))
     if expression.is_Symbol:
         return sizes[cast(sympy.Symbol, expression)]
-    return int(cast(Any, expression.subs({symbol: sizes[symbol] for symbol in expression.free_symbols})))  # type: ignore[index]
+    return int(cast(Any, expression.subs({symbol: sizes[symbol] for symbol in expression.free_symbols})))
 
 
 class Cut:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from torch import Tensor
 from graphopt.annotations import SAMPLE_GRAD_NORM, Key
 from graphopt.errors import StreamError
 from graphopt.runtime.streaming.micro_batches import Cut, Values, evaluate, laid_out
-from graphopt.runtime.streaming.slots import Slot
 from graphopt.runtime.streaming.stages import Argument, Companion, Constant, Parameter, Size, Stage, Value
 from graphopt.runtime.streaming.stash import Stash
 
@@ -137,7 +136,9 @@ class Run:
             elif isinstance(source, Companion) and source.key is not SAMPLE_GRAD_NORM:
                 param = self.slots[source.position].param
                 dtype = torch.promote_types(param.dtype, torch.float32)
-                leaves[source] = torch.zeros((), dtype=dtype, device=self.stream.device).expand(param.shape).requires_grad_()
+                leaves[source] = (
+                    torch.zeros((), dtype=dtype, device=self.stream.device).expand(param.shape).requires_grad_()
+                )
         return leaves
 
     def _differentiate(
@@ -231,7 +232,11 @@ class Run:
             elif isinstance(source, Constant):
                 inputs.append(source.value)
             else:
-                value = self._argument(stage, source, part, again) if isinstance(source, Argument) else values.get(source.name, part)
+                value = (
+                    self._argument(stage, source, part, again)
+                    if isinstance(source, Argument)
+                    else values.get(source.name, part)
+                )
                 if isinstance(value, Tensor) and isinstance(fake, Tensor):
                     own = value if isinstance(source, Argument) and source.is_written else laid_out(value, fake, sizes)
                     needs_grad = again and fake.requires_grad and self._needs_grad(source, position)
@@ -288,8 +293,8 @@ class Run:
             )
         if self._versions_of_arguments() != self._argument_versions:
             raise StreamError(
-                "a tensor that the model was called with, or one of its buffers, was changed in place between forward and backward, "
-                "and backward computes the layers again. Call backward() first, or change a copy"
+                "a tensor that the model was called with, or one of its buffers, was changed in place between forward and "
+                "backward, and backward computes the layers again. Call backward() first, or change a copy"
             )
 
     def _remember(self, stage: Stage, part: int | None) -> None:
@@ -333,4 +338,4 @@ def set_random_state(device: torch.device, states: Sequence[Tensor]) -> None:
     """Set what `random_state` returned."""
     torch.set_rng_state(states[0])
     if device.type == "cuda" and len(states) > 1:
-        torch.cuda.set_rng_state(cast(Tensor, states[1]), device)
+        torch.cuda.set_rng_state(states[1], device)

@@ -66,7 +66,9 @@ class Stash:
             self._delete(self._records.pop(name, []))
 
     def __del__(self) -> None:  # a call whose backward never comes
-        if not self._stream.store.is_closed:  # the collector may run anywhere, also where the store is waiting for itself
+        if (
+            not self._stream.store.is_closed
+        ):  # the collector may run anywhere, also where the store is waiting for itself
             self._stream.store.delete_later([key for records in self._records.values() for _, key in records])
 
     def _write(self, name: str, part: int | None, value: Tensor) -> str:

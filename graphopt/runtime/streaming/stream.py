@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from graphopt import _compat, annotations
+from graphopt import _compat
+from graphopt import annotations as noted
 from graphopt.annotations import SAMPLE_GRAD_NORM, SUM_GRAD_SQUARED, SUM_POSITION_GRAD_SQUARED, Key
 from graphopt.errors import OptionError, StoreError, StreamError
 from graphopt.runtime.stores import DiskStore, HostStore, Store, StoredTensor
@@ -85,7 +86,9 @@ class Stream:
         """
         slot = next((slot for slot in self.slots if slot.name == name), None)
         if slot is None:
-            raise StreamError(f"the model has no parameter {name!r}; it has {[slot.name for slot in self.slots[:5]]}, ...")
+            raise StreamError(
+                f"the model has no parameter {name!r}; it has {[slot.name for slot in self.slots[:5]]}, ..."
+            )
         return StoredTensor(self.store, slot.key, self.device)
 
     def resume(self, optimizer: torch.optim.Optimizer) -> int:
@@ -116,7 +119,9 @@ class Stream:
     def check(self) -> None:
         """Raise `StreamError` if a parameter is not what the stream has put there."""
         if self.store.is_closed:
-            raise StreamError("the store of this model is closed. Call graphopt.transform again, with resume=True for one on disk")
+            raise StreamError(
+                "the store of this model is closed. Call graphopt.transform again, with resume=True for one on disk"
+            )
         for slot in self.slots:
             slot.check()
 
@@ -127,7 +132,7 @@ class Stream:
             gradient = slot.param.grad
             slot.param.data = self.store.read(slot.key).to(self.device)
             if isinstance(gradient, StoredTensor):
-                annotations.clear([slot.param])
+                noted.clear([slot.param])
                 slot.param.grad = gradient.load()
         self.optimizers.restore()
         self.close()
@@ -144,10 +149,10 @@ class Stream:
             )
         return slot
 
-    def visit(self, groups: Sequence[Sequence[str]]) -> Iterator[dict[str, Tensor]]:
+    def visit(self, groups: Sequence[Sequence[str]]) -> Generator[dict[str, Tensor]]:
         """The records of each group on the device, one group after the other."""
         visits = self.store.visit(groups, prefetch=self.options.prefetch, device=self.device)
-        with closing(cast(Any, visits)):
+        with closing(visits):
             for visit in visits:
                 yield dict(visit.tensors)
 
@@ -158,19 +163,19 @@ class Stream:
     def begin_backward(self, run: Run) -> None:
         """A backward pass begins: gradients that were cleared meanwhile are cleared in the store."""
         self._waiting.discard(run)
-        self.optimizers.begin_backward(list(self._waiting))
+        self.optimizers.begin_backward(len(self._waiting))
         for slot in run.slots.values():
             grad = slot.param.grad
             slot.norms = None
             if grad is None:
                 self.store.clear([k for k in self._step_keys(slot) if k in self.store])
-                annotations.clear([slot.param])
+                noted.clear([slot.param])
                 slot.num_samples = 0
             elif not isinstance(grad, StoredTensor):  # somebody has set it
                 slot.create_scratch(self.store, slot.grad_key, slot.param.dtype)
                 self.store.write({slot.grad_key: grad})
             else:
-                slot.norms = annotations.find(slot.param, SAMPLE_GRAD_NORM)
+                slot.norms = noted.find(slot.param, SAMPLE_GRAD_NORM)
 
     def report(self, direction: Direction, number: int, num_stages: int) -> None:
         """A stage is through."""
@@ -194,7 +199,7 @@ class Stream:
     def end_backward(self, run: Run, touched: Mapping[int, set[Key[Any]]], norms: Mapping[int, Tensor]) -> None:
         """All stages are through: publish gradients and statistics."""
         for position, slot in run.slots.items():
-            if slot.grad_key not in self.store or slot.name in self.optimizers.taken:
+            if slot.grad_key not in self.store or self.optimizers.has_taken(slot):
                 continue
             if not self.store.is_written(slot.grad_key):
                 continue
@@ -215,7 +220,7 @@ class Stream:
             own = norms.clamp(min=0).sqrt()
             others[SAMPLE_GRAD_NORM] = own if slot.norms is None else torch.cat([slot.norms, own])
         statistic = StoredTensor(self.store, slot.statistic_key, self.device)
-        annotations.publish(slot.param, statistic, slot.num_samples, others=others)
+        noted.publish(slot.param, statistic, slot.num_samples, others=others)
 
     def _on_change(self, slot: Slot) -> Any:
         param = weakref.ref(slot.param)
@@ -223,7 +228,7 @@ class Stream:
         def before(key: str, operator: str) -> None:
             self.optimizers.check_change(slot.name, operator)
             if (own := param()) is not None:
-                annotations.before_change(own)
+                noted.before_change(own)
 
         return before
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from graphopt.regions import MicroBatches, Region, Rows
 from graphopt.runtime.bound_graph import BoundGraph
 from graphopt.runtime.streaming.micro_batches import read_sizes
 from graphopt.runtime.streaming.run import Run
-from graphopt.runtime.streaming.stages import Stage as Prepared
 from graphopt.runtime.streaming.stages import Argument, Value, differentiable_names, prepare
+from graphopt.runtime.streaming.stages import Stage as Prepared
 from graphopt.runtime.streaming.stream import Stream
 
 
@@ -66,7 +66,10 @@ class StreamedGraph:
             if isinstance(source, Argument) and source.is_written
         }
         self.last_stage_of = {  # the last in backward
-            position: stage.index for stage in reversed(self.stages) if self.matters(stage) for position in stage.parameters
+            position: stage.index
+            for stage in reversed(self.stages)
+            if self.matters(stage)
+            for position in stage.parameters
         }
         self._grad_enabled = graph.grad_enabled
         self._owners = dict(stages)
@@ -106,7 +109,8 @@ class StreamedGraph:
             if isinstance(source, Value):
                 computed.setdefault(source.name, len(computed))
         passed: list[Any] = []
-        found = _Streamed.apply(run, list(computed), entering, passed, *(run.args[position] for position in entering), _token())
+        tensors = [run.args[position] for position in entering]
+        found = cast(Any, _Streamed).apply(run, list(computed), entering, passed, *tensors, _token())
         return [
             found[computed[source.name]] if isinstance(source, Value) else other
             for source, other in zip(self.returned, passed, strict=True)
@@ -117,12 +121,16 @@ class _Streamed(torch.autograd.Function):
     """Connects a run with autograd's graph: one node for all stages."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, run: Run, names: list[str], entering: list[int], passed: list[Any], *tensors: Tensor
     ) -> tuple[Any, ...]:
         outputs = run.forward()
         passed.extend(outputs)
-        of = {source.name: value for source, value in zip(run.graph.returned, outputs, strict=True) if isinstance(source, Value)}
+        of = {
+            source.name: value
+            for source, value in zip(run.graph.returned, outputs, strict=True)
+            if isinstance(source, Value)
+        }
         found = tuple(of[name] for name in names)
         ctx.run, ctx.names, ctx.entering = run, names, entering
         ctx.set_materialize_grads(False)
@@ -136,7 +144,7 @@ class _Streamed(torch.autograd.Function):
         return found
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         cotangents = {name: grad for name, grad in zip(ctx.names, grads, strict=True) if grad is not None}
         found = ctx.run.backward(cotangents)

@@ -158,13 +158,17 @@ def test_boundaries_by_function():
 def test_unknown_path():
     model, kwargs = built("transformer")
     graphopt.transform(model, [LayerToLayer(boundaries="encoder.layer")], compiler="eager")
-    with pytest.raises(OptionError, match=r"boundaries='encoder.layer'\): no operator .*\. Modules with numbered layers: layers"):
+    with pytest.raises(
+        OptionError, match=r"boundaries='encoder.layer'\): no operator .*\. Modules with numbered layers: layers"
+    ):
         model(**kwargs)
 
 
 def test_nothing_to_gain():
     """Few operators: boundaries would cost more than they save, and the graph stays one."""
-    model = graphopt.transform(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)), [LayerToLayer()], compiler="eager")
+    model = graphopt.transform(
+        nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)), [LayerToLayer()], compiler="eager"
+    )
     model(torch.randn(4, 3))
     (record,) = graphopt.records(model)
     assert record.results[0].num_changed == 0
@@ -265,7 +269,10 @@ def test_regions_of_a_graph_cover_it():
     model(**kwargs)
     ops, regions = found
     total = sum((count_ops(region.graph_module) for region in regions), start=type(ops)())
-    handed = sum(len(node.args[0]) for node in graphopt.records(model)[0].after.graph.find_nodes(op="call_function", target=BOUNDARY))
+    handed = sum(
+        len(node.args[0])
+        for node in graphopt.records(model)[0].after.graph.find_nodes(op="call_function", target=BOUNDARY)
+    )
     del ops["graphopt.boundary.default"]
     ops["<built-in function getitem>"] -= handed
     assert +total == +ops

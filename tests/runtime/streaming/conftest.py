@@ -41,7 +41,9 @@ class Pair:
         """Parameters and buffers."""
         expected = self.plain.state_dict()
         for name, value in self.model.state_dict().items():
-            torch.testing.assert_close(value.cpu(), expected[name], msg=lambda text, n=name: f"{n}: {text}", **tolerance)
+            torch.testing.assert_close(
+                value.cpu(), expected[name], msg=lambda text, n=name: f"{n}: {text}", **tolerance
+            )
 
     def assert_gradients_equal(self, **tolerance):
         for (name, param), reference in zip(self.model.named_parameters(), self.plain.parameters(), strict=True):

@@ -18,7 +18,9 @@ from tests.layered_models import MODELS, D, N, SecondAxis, Stack, T, ids, scalar
 from tests.models import Block
 
 CLOSE = {"atol": 1e-11, "rtol": 1e-9}
-MOMENTUM = functools.partial(SGD, lr=1e-2, momentum=0.9)  # Adam would make a step of what is left of a gradient that is zero
+MOMENTUM = functools.partial(
+    SGD, lr=1e-2, momentum=0.9
+)  # Adam would make a step of what is left of a gradient that is zero
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -63,7 +65,11 @@ def test_inductor(pair):
 @pytest.mark.parametrize("name", ["transformer", "mask_table_and_skip", "encoder_decoder", "one_layer_four_times"])
 def test_statistics(pair, name, microbatch_size):
     """Squares of per-sample gradients, over micro-batches and over two backward passes."""
-    before = [TrueGrad(statistics=("sum_position_grad_squared", "sample_grad_norm"))] if name == "transformer" else [TrueGrad()]
+    before = (
+        [TrueGrad(statistics=("sum_position_grad_squared", "sample_grad_norm"))]
+        if name == "transformer"
+        else [TrueGrad()]
+    )
     sides = pair(name, before=before, store="cpu", microbatch_size=microbatch_size)
     graphopt.transform(sides.plain, before, compiler="eager")
     for times in (1, 2):
@@ -104,7 +110,9 @@ class Dropped(nn.Module):
 @pytest.mark.parametrize("microbatch_size", [None, 2])
 def test_dropout_is_the_same_in_backward(pair, compiler, microbatch_size):
     """The gradient is that of the function that forward has computed: with the generator set, a difference quotient says so."""
-    sides = pair(Dropped(), {"x": torch.randn(N, T, D)}, store="cpu", microbatch_size=microbatch_size, compiler=compiler)
+    sides = pair(
+        Dropped(), {"x": torch.randn(N, T, D)}, store="cpu", microbatch_size=microbatch_size, compiler=compiler
+    )
     model, stream = sides.model, graphopt.stream(sides.model)
 
     def loss():
@@ -123,7 +131,9 @@ def test_dropout_is_the_same_in_backward(pair, compiler, microbatch_size):
 
 
 def test_dropout_masks_differ_between_samples_and_calls(pair):
-    sides = pair(nn.Sequential(nn.Linear(D, D), nn.Dropout(0.5)), {"input": torch.ones(N, D)}, store="cpu", microbatch_size=1)
+    sides = pair(
+        nn.Sequential(nn.Linear(D, D), nn.Dropout(0.5)), {"input": torch.ones(N, D)}, store="cpu", microbatch_size=1
+    )
     first, second = sides.model(**sides.kwargs), sides.model(**sides.kwargs)
     assert not torch.equal(first, second)
     assert len({tuple((row == 0).tolist()) for row in first}) > 1
@@ -259,7 +269,9 @@ def test_clipping_rescales_the_statistic(pair):
     nn.utils.clip_grad_norm_(sides.model.parameters(), 1e-2)
     norm = nn.utils.get_total_norm([param.grad for param in sides.plain.parameters()])
     for param, square in zip(sides.model.parameters(), before, strict=True):
-        torch.testing.assert_close(param.sum_grad_squared.cpu(), square * (1e-2 / (norm + 1e-6)) ** 2, atol=0, rtol=1e-6)
+        torch.testing.assert_close(
+            param.sum_grad_squared.cpu(), square * (1e-2 / (norm + 1e-6)) ** 2, atol=0, rtol=1e-6
+        )
 
 
 def test_grad_scaler(pair):
@@ -396,10 +408,12 @@ def test_husks(pair):
     assert isinstance(graphopt.stream(model).value("head.weight"), StoredTensor)
     model(ids())
     assert weight.stage.store == "cpu"
-    with pytest.raises(RuntimeError, match="more than one element of the written-to tensor refers to a single memory location"):
+    with pytest.raises(
+        RuntimeError, match="more than one element of the written-to tensor refers to a single memory location"
+    ):
         weight.data.normal_()
     nn.init.zeros_(weight)  # which torch lets pass
-    with pytest.raises(StreamError, match="head.weight was given a value of its own"):
+    with pytest.raises(StreamError, match=r"head\.weight was given a value of its own"):
         model(ids())
 
 
@@ -472,7 +486,9 @@ def test_resume(tmp_path):
     train(model, optimizer, 2)
     scalar(model(x)).backward()  # an unfinished step
     graphopt.stream(model).close()
-    with pytest.raises(StreamError, match=r"the store of this model is closed. Call graphopt.transform again, with resume=True"):
+    with pytest.raises(
+        StreamError, match=r"the store of this model is closed. Call graphopt.transform again, with resume=True"
+    ):
         model(x)
 
     with pytest.raises(StoreError, match="holds a store already, and the model has values of its own"):
@@ -522,9 +538,13 @@ REFUSED = {
 def test_held_wrong(text):
     error, do = REFUSED[text]
     model = graphopt.transform(Stack([Block(D)]), [LayerToLayer(store="cpu")], compiler="eager")
-    with pytest.raises(error, match=text):
+
+    def use():
         do(model)
         model(ids())
+
+    with pytest.raises(error, match=text):
+        use()
 
 
 def test_backward_twice(pair):
@@ -548,7 +568,11 @@ def test_changes_between_forward_and_backward(pair, name):
         sides.model.load_state_dict(sides.plain.state_dict())
     else:
         sides.kwargs["x"].zero_()
-    what = "a tensor that the model was called with" if name == "input" else "inner.norm1.weight was changed between forward"
+    what = (
+        "a tensor that the model was called with"
+        if name == "input"
+        else "inner.norm1.weight was changed between forward"
+    )
     with pytest.raises(StreamError, match=what):
         loss.backward()
 
