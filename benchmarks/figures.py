@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -21,6 +21,13 @@ def paired_ratio(samples: Sequence[float | None], baseline: Sequence[float | Non
     """Summary of ``samples[i] / baseline[i]``: both come from the same round, so slow drift cancels."""
     pairs = zip(samples, baseline, strict=False)  # a rival that failed half-way has fewer rounds
     return summary([mine / theirs for mine, theirs in pairs if mine is not None and theirs])
+
+
+def samples(rivals: Mapping[str, Any], name: str, quantity: str) -> list[Any]:
+    """What was measured of a rival, round by round; nothing if it is not there or has failed."""
+    record = rivals.get(name, {})
+    found: list[Any] = record.get("samples", {}).get(quantity, []) if record.get("status") == "ok" else []
+    return found
 
 
 def add_figures(rivals: dict[str, dict[str, Any]], baseline: str) -> None:

@@ -7,6 +7,8 @@ that the others are divided by. Two ways to measure:
             when its turn comes (A B C A B C ...), so that the machine's noise meets all alike. Figures are medians of
             the ratios within a round.
 ``starts``  a fresh process per measurement, first with an empty compile cache, then with the one that it filled.
+``lives``   a fresh process per measurement, alone on the machine, from its start through a few steps to its end: for memory
+            over a whole life, and for whatever else its metrics tell. What the table shows is chosen by the case.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,7 @@ from tqdm import tqdm
 
 from benchmarks import figures, machine, memory
 from benchmarks.environments import environment
+from benchmarks.pictures import Curves
 from benchmarks.worker_process import TreeWatch, WorkerFailure, WorkerProcess
 
 MAX_STEPS_IN_BLOCK = 200
@@ -68,13 +71,22 @@ class Case:
         rivals: In the order of their turns and of the table.
         baseline: Name of the rival that the others are divided by.
         measure: See the module's docstring.
+        rounds: How many, unless the command line says; None is the default of the measure.
+        steps: Of each process in ``lives``, the first one included.
+        columns: Of the table of ``lives``: quantities and metrics, each with its heading. ``*_bytes`` and ``*_seconds`` are
+            written as such, and with the ratio to the baseline where they are quantities.
+        checked: What the rivals' checks look at; the heading of the column with their verdicts.
     """
 
     name: str
     title: str
     rivals: tuple[Rival, ...]
     baseline: str
-    measure: Literal["steps", "starts"] = "steps"
+    measure: Literal["steps", "starts", "lives"] = "steps"
+    rounds: int | None = None
+    steps: int = 4
+    columns: Mapping[str, str] = field(default_factory=dict)
+    checked: str = "statistic"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +99,9 @@ class Benchmark:
         text: What is measured and how to read it, markdown.
         cases: Called with whether the quick form is wanted (small models, for tests); returns the cases.
         unavailable: Why nothing of it can be measured on this machine; empty where it can.
+        conclusions: From the records of the cases that were measured to markdown that stands in front of the tables: what no
+            single case tells, such as ratios between cases, and targets.
+        curves: Likewise, pictures of one quantity against another.
     """
 
     name: str
@@ -94,6 +109,8 @@ class Benchmark:
     text: str
     cases: Callable[[bool], tuple[Case, ...]]
     unavailable: Callable[[], str] = str
+    conclusions: Callable[[Mapping[str, Any]], str] = lambda records: ""
+    curves: Callable[[Mapping[str, Any]], Sequence[Curves]] = lambda records: ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +118,7 @@ class Settings:
     """How long and how carefully to measure.
 
     Args:
-        rounds: Turns of each rival (``steps``), or fresh processes of each rival (``starts``).
+        rounds: Turns of each rival (``steps``), or fresh processes of each rival (``starts``, ``lives``).
         block_seconds: How long a turn should take at least; it has one step or more.
         warm_up_steps: Steps before the first turn; the first of them compiles.
         threads: torch's threads in each rival; None leaves torch alone.
@@ -128,11 +145,13 @@ def run_case(case: Case, settings: Settings) -> dict[str, Any]:
         "title": case.title,
         "measure": case.measure,
         "baseline": case.baseline,
+        "columns": dict(case.columns),
+        "checked": case.checked,
         "settings": vars(settings),
         **machine.moment(),
     }
     with tempfile.TemporaryDirectory(prefix="graphopt-bench-") as folder:
-        measure = _measure_steps if case.measure == "steps" else _measure_starts
+        measure = {"steps": _measure_steps, "starts": _measure_starts, "lives": _measure_lives}[case.measure]
         record["rivals"] = measure(case, settings, Path(folder))
     figures.add_figures(record["rivals"], case.baseline)
     return record
@@ -245,7 +264,7 @@ def _one_start(rival: Rival, settings: Settings, folder: Path, record: dict[str,
         ready = time.perf_counter() - process.started
         peak = memory.peak_bytes(process.process_id)
         description = process.ask("describe", limit=settings.limit_seconds)
-    record["versions"] = description["versions"]
+    record |= {"versions": description["versions"], "metrics": description["metrics"]}
     return {
         "first_step_seconds": first,
         "ready_seconds": ready,
@@ -256,7 +275,47 @@ def _one_start(rival: Rival, settings: Settings, folder: Path, record: dict[str,
     }
 
 
-# --- both -------------------------------------------------------------------------------------------------------------
+# --- lives ------------------------------------------------------------------------------------------------------------
+
+
+def _measure_lives(case: Case, settings: Settings, folder: Path) -> dict[str, Any]:
+    records = {rival.name: _new_record(rival) for rival in case.rivals}
+    for number in range(settings.rounds):
+        for index, rival in enumerate(case.rivals):
+            record = records[rival.name]
+            if record["status"] == "ok":
+                with _failures_recorded(record):
+                    life = _one_life(case, rival, settings, folder / f"{number}-{index}", record)
+                    for quantity, value in life.items():
+                        record.setdefault("samples", {}).setdefault(quantity, []).append(value)
+                    say(
+                        f"  {rival.label}: peak {life['peak_bytes'] / 2**20:.0f} MiB, last step {life['seconds']:.2f} s"
+                    )
+    return records
+
+
+def _one_life(case: Case, rival: Rival, settings: Settings, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """A process from its start through its steps to its end."""
+    with _start(rival, settings, folder, record) as process:
+        with TreeWatch(process.process_id) as watch:
+            _build(process, rival, settings)
+            seconds = process.ask("warm_up", steps=1, limit=settings.limit_seconds)["seconds"]
+        first_peak = memory.peak_bytes(process.process_id)
+        apart = memory.reset_peak(process.process_id)
+        for _ in tqdm(range(1, case.steps), desc=f"  {rival.label}", disable=None, leave=False):
+            seconds += process.ask("warm_up", steps=1, limit=settings.limit_seconds)["seconds"]
+        later_peak = memory.peak_bytes(process.process_id)
+        record |= process.ask("describe", limit=settings.limit_seconds)
+    return {
+        "first_step_seconds": seconds[0],
+        "seconds": seconds[-1],
+        "peak_bytes": max(first_peak, later_peak),
+        "later_peak_bytes": later_peak if apart else None,
+        "peak_with_compilers_bytes": max(watch.peak_bytes, first_peak, later_peak),
+    }
+
+
+# --- all --------------------------------------------------------------------------------------------------------------
 
 
 def _new_record(rival: Rival) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results, run
-from benchmarks.pictures import draw
+from benchmarks.harness import Benchmark
+from benchmarks.pictures import draw, draw_curves
 from benchmarks.tables import case_table, machine_line, summary_table
 
 BEGIN, END = "<!-- benchmark: {name} -->", "<!-- end of benchmark -->"
@@ -40,10 +41,17 @@ def write(folder: Path, contents: Sequence[dict[str, Any]]) -> Path:
     """Write README.md and the pictures beside the result files."""
     parts = ["# Results\n\nWritten by `python -m benchmarks.report`; `benchmarks/README.md` says how to read it.\n"]
     for content in contents:
-        title, text = _title_and_text(content["benchmark"])
-        parts.append(f"## {title}\n\n{text}\n\n{machine_line(content['machine'])}\n")
+        benchmark = _benchmark(content["benchmark"])
+        stem = f"{content['benchmark']}-{content['machine']['slug']}"
+        parts.append(f"## {benchmark.title}\n\n{benchmark.text}\n\n{machine_line(content['machine'])}\n")
+        if conclusions := benchmark.conclusions(content["cases"]):
+            parts.append(f"{conclusions}\n")
+        for curves in benchmark.curves(content["cases"]):
+            picture = f"{stem}-{curves.name}.png"
+            if draw_curves(folder / picture, curves):
+                parts.append(f"![{curves.title}]({picture})\n")
         for name, record in content["cases"].items():
-            picture = f"{content['benchmark']}-{content['machine']['slug']}-{name}.png"
+            picture = f"{stem}-{name}.png"
             drawn = draw(folder / picture, record)
             parts.append(f"### {name}\n\n{case_table(name, record)}" + (f"\n![{name}]({picture})\n" if drawn else ""))
     path = folder / "README.md"
@@ -61,7 +69,8 @@ def embed(path: Path, contents: Sequence[dict[str, Any]], machine: str | None = 
         if not mine or begin not in text:
             continue
         newest = max(mine, key=lambda content: max(record["date"] for record in content["cases"].values()))
-        block = f"{begin}\n{summary_table(newest)}\n\n{machine_line(newest['machine'])}\n{END}"
+        summary = _benchmark(name).conclusions(newest["cases"]) or summary_table(newest)
+        block = f"{begin}\n{summary}\n\n{machine_line(newest['machine'])}\n{END}"
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(END), flags=re.DOTALL)
         if not pattern.search(text):
             raise SystemExit(f"{path} has {begin} but no {END} after it")
@@ -71,11 +80,12 @@ def embed(path: Path, contents: Sequence[dict[str, Any]], machine: str | None = 
     return filled
 
 
-def _title_and_text(name: str) -> tuple[str, str]:
-    if name not in run.names():
-        return name, "This benchmark is no longer in the repository."
-    benchmark = run.find(name)
-    return benchmark.title, benchmark.text
+def _benchmark(name: str) -> Benchmark:
+    if name in run.names():
+        return run.find(name)
+    return Benchmark(
+        name=name, title=name, text="This benchmark is no longer in the repository.", cases=lambda quick: ()
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from benchmarks.harness import Benchmark, Case, Settings, run_case, say
 from benchmarks.tables import case_table
 
 QUICK = {"rounds": 2, "block_seconds": 0.0, "warm_up_steps": 2}
-DEFAULT_START_ROUNDS = 3  # of a case measured by starts, each of which takes minutes
+DEFAULT_ROUNDS = {"steps": Settings.rounds, "starts": 3, "lives": 1}  # a fresh process takes a minute or more
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,8 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.output or (results.SCRATCH_FOLDER if partial else results.FOLDER)
     baselines_ran = True
     for case in cases:
-        by_starts = case.measure == "starts" and options.rounds is None and not settings.quick
-        record = run_case(case, replace(settings, rounds=DEFAULT_START_ROUNDS) if by_starts else settings)
+        given = options.rounds is not None or settings.quick
+        rounds = settings.rounds if given else case.rounds or DEFAULT_ROUNDS[case.measure]
+        record = run_case(case, replace(settings, rounds=rounds))
         baselines_ran &= record["rivals"].get(case.baseline, {}).get("status") == "ok"
         path = results.store(folder, benchmark.name, {case.name: record})  # case by case: a long run may be interrupted
         print(case_table(case.name, record))
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="only these")
     parser.add_argument("--rivals", nargs="+", metavar="RIVAL", help="only these, and the baseline of each case")
     parser.add_argument("--quick", action="store_true", help="small models, few rounds: does it run at all?")
-    parser.add_argument("--rounds", type=int, help=f"turns of each rival (default {Settings.rounds})")
+    parser.add_argument("--rounds", type=int, help=f"turns of each rival (default {Settings.rounds}, fewer for some)")
     parser.add_argument("--block-seconds", type=float, help=f"length of a turn (default {Settings.block_seconds})")
     parser.add_argument("--threads", type=int, default=Settings.threads, help="torch's threads (default %(default)s)")
     parser.add_argument("--no-check", action="store_true", help="do not compare the rivals' numbers first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 Record = dict[str, Any]
@@ -12,7 +13,7 @@ GRADIENT_TOLERANCE = 1e-3  # above it the table says that the gradient itself is
 
 def case_table(name: str, record: Record) -> str:
     """A case: its title, its table, the notes and failures under it, and when it was measured."""
-    table = _steps_table(record) if record["measure"] == "steps" else _starts_table(record)
+    content = {"steps": _steps_table, "starts": _starts_table, "lives": _lives_table}[record["measure"]](record)
     settings = record["settings"]
     commit = f"commit {record['commit']}" if record["commit"] else "no commit"
     if record["uncommitted_changes"]:
@@ -26,7 +27,7 @@ def case_table(name: str, record: Record) -> str:
     )
     quick = " **Quick form: the figures mean nothing.**" if settings["quick"] else ""
     foot = f"*{name}: {', '.join(facts)}.*{quick}"
-    return "\n\n".join(part for part in (f"**{record['title']}**", table, _notes(record), foot) if part) + "\n"
+    return "\n\n".join(part for part in (f"**{record['title']}**", content, _notes(record), foot) if part) + "\n"
 
 
 def summary_table(content: Record) -> str:
@@ -43,7 +44,7 @@ def summary_table(content: Record) -> str:
                 rows.append((_label(rival), f"1 ({_duration(rival, 'seconds')})", "1", MISSING))
             else:
                 rows.append((_label(rival), _ratio(rival, "seconds"), _ratio(rival, "peak_bytes"), _verdict(rival)))
-    return _table(("", "step time against plain", "memory against plain", "statistic"), rows)
+    return table(("", "step time against plain", "memory against plain", "statistic"), rows)
 
 
 def machine_line(machine: Record) -> str:
@@ -77,7 +78,7 @@ def _steps_table(record: Record) -> str:
                 f"{rival['peak_life_bytes'] / 2**20:.0f} MiB",
             )
         rows.append((_label(rival), *cells, _verdict(rival), _error(rival)))
-    return _table((*columns, "peak while compiling", "statistic", "worst error"), rows)
+    return table((*columns, "peak while compiling", record.get("checked", "statistic"), "worst error"), rows)
 
 
 def _starts_table(record: Record) -> str:
@@ -103,7 +104,29 @@ def _starts_table(record: Record) -> str:
             )
             rows.append((_label(rival), *cells))
     caches = ("FX graph cache hit / miss", "AOTAutograd cache hit / miss / bypass")
-    return _table((*columns, "whole process", "peak memory", *caches), rows)
+    return table((*columns, "whole process", "peak memory", *caches), rows)
+
+
+def _lives_table(record: Record) -> str:
+    rows = []
+    for rival in record["rivals"].values():
+        cells = [_chosen(rival, key) if rival["status"] == "ok" else MISSING for key in record["columns"]]
+        rows.append((_label(rival), *cells))
+    return table(("rival", *record["columns"].values()), rows)
+
+
+def _chosen(rival: Record, key: str) -> str:
+    """A quantity with its ratio to the baseline, or a metric."""
+    measured = _median(rival, key) is not None
+    value = _median(rival, key) if measured else rival.get("metrics", {}).get(key)
+    if value is None:
+        return MISSING
+    written = str(value)
+    if key.endswith("_bytes"):
+        written = f"{value / 2**20:.0f} MiB"
+    elif key.endswith("seconds"):
+        written = duration(value)
+    return f"{written} ({_ratio(rival, key)})" if measured else written
 
 
 def _notes(record: Record) -> str:
@@ -133,7 +156,8 @@ def _check_remarks(check: Record) -> list[str]:
     return remarks
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table."""
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines)
 
@@ -157,8 +181,11 @@ def _ratio(rival: Record, quantity: str, *, quartiles: bool = False) -> str:
 
 def _duration(rival: Record, quantity: str) -> str:
     seconds = _median(rival, quantity)
-    if seconds is None:
-        return MISSING
+    return MISSING if seconds is None else duration(seconds)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in a unit that suits them."""
     for limit, factor, unit, digits in ((1, 1, "s", 1), (0.1, 1e3, "ms", 0), (1e-3, 1e3, "ms", 1)):
         if seconds >= limit:
             return f"{seconds * factor:.{digits}f} {unit}"

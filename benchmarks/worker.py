@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from benchmarks import machine
 
-PACKAGES = ("torch", "graphopt", "transformers", "opacus", "backpack-for-pytorch", "truegrad")
+PACKAGES = ("torch", "graphopt", "transformers", "opacus", "backpack-for-pytorch", "truegrad", "layer-to-layer-pytorch")
 
 
 @dataclass(frozen=True)

@@ -52,14 +52,14 @@ def make(kind: str, *, dropout: bool = True, seed: int = 0, **sizes: int) -> Wor
     """Build a workload, the same one for the same arguments.
 
     Args:
-        kind: ``"bert"``, ``"gpt2"``, ``"mlp"``, ``"resnet"`` or ``"cnn"``.
+        kind: ``"bert"``, ``"gpt2"``, ``"llama"``, ``"llama_layers"``, ``"mlp"``, ``"resnet"`` or ``"cnn"``.
         dropout: Whether the model's default dropout stays.
         seed: Of the weights and the data; afterwards torch's generator goes on from there.
         sizes: The keyword arguments of the function of that name below.
     """
     torch.manual_seed(seed)
-    makers: dict[str, Callable[..., Workload]] = {"bert": bert, "gpt2": gpt2, "mlp": mlp, "resnet": resnet, "cnn": cnn}
-    workload = makers[kind](**sizes)
+    makers: tuple[Callable[..., Workload], ...] = (bert, gpt2, llama, llama_layers, mlp, resnet, cnn)
+    workload = next(maker for maker in makers if maker.__name__ == kind)(**sizes)
     workload.model.train()
     if not dropout:
         for module in workload.model.modules():
@@ -102,6 +102,42 @@ def gpt2(
     )
     tokens = torch.randint(vocabulary, (batch, length))
     return _hugging_face(GPT2LMHeadModel(config), {"input_ids": tokens, "labels": tokens})
+
+
+def llama(
+    *,
+    layers: int = 4,
+    hidden: int = 256,
+    intermediate: int = 704,
+    heads: int = 4,
+    vocabulary: int = 1000,
+    batch: int = 8,
+    length: int = 128,
+    meta: bool = False,
+) -> Workload:
+    """Hugging Face's Llama language model; with ``meta`` without values, on the meta device."""
+    from transformers import LlamaForCausalLM
+
+    config = _llama_config(layers, hidden, intermediate, heads, vocab_size=vocabulary)
+    with torch.device("meta" if meta else "cpu"):
+        model = LlamaForCausalLM(config)
+    tokens = torch.randint(vocabulary, (batch, length))
+    return _hugging_face(model, {"input_ids": tokens, "labels": tokens})
+
+
+def llama_layers(
+    *, layers: int = 12, hidden: int = 512, intermediate: int = 1408, heads: int = 8, batch: int = 8, length: int = 128
+) -> Workload:
+    """Hugging Face's Llama layers in a row, from one tensor to one tensor: a layer takes nothing but what the one before gave.
+
+    The loss is the mean squared distance from random targets.
+    """
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    config = _llama_config(layers, hidden, intermediate, heads)
+    model = _InARow([_WithPositions(LlamaDecoderLayer(config, 0), LlamaRotaryEmbedding(config)) for _ in range(layers)])
+    data = {name: torch.randn(batch, length, hidden) for name in ("x", "y")}
+    return Workload(model, data, _apply_to_x, lambda outputs, batch: F.mse_loss(outputs, batch["y"]))
 
 
 def mlp(*, inputs: int = 784, hidden: int = 1024, depth: int = 3, outputs: int = 10, batch: int = 256) -> Workload:
@@ -150,6 +186,32 @@ def cnn(*, width: int = 32, size: int = 32, outputs: int = 10, batch: int = 64) 
     return Workload(model, _images(batch, size, outputs), _apply_to_x, _cross_entropy_of_y)
 
 
+class _InARow(nn.Module):
+    """Modules that are called one after the other; a list holds them, as layer-to-layer-pytorch wants it."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, input: Tensor) -> Tensor:
+        for layer in self.layers:
+            input = layer(input)
+        return input
+
+
+class _WithPositions(nn.Module):
+    """A layer of a decoder that makes its rotary tables itself."""
+
+    def __init__(self, layer: nn.Module, rotary: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.rotary = layer, rotary
+
+    def forward(self, input: Tensor) -> Tensor:
+        positions = torch.arange(input.shape[1], device=input.device).unsqueeze(0)
+        output: Tensor = self.layer(input, position_embeddings=self.rotary(input, positions))
+        return output
+
+
 class _Block(nn.Module):
     """Two convolutions and what they are added to; the first of all blocks has none to add to."""
 
@@ -169,6 +231,21 @@ class _Block(nn.Module):
         hidden = F.relu(self.norm(self.first(input)))
         output: Tensor = F.relu(self.last_norm(self.second(hidden)) + self.skip(input))
         return output
+
+
+def _llama_config(layers: int, hidden: int, intermediate: int, heads: int, **more: Any) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        attn_implementation="sdpa",
+        use_cache=False,
+        **more,
+    )
 
 
 def _images(batch: int, size: int, outputs: int) -> Batch:

@@ -4,6 +4,7 @@ Read in torch 2.13.0. The supported range is checked here, so that a torch outsi
 clear message, rather than later with an unexplained one.
 """
 
+import ctypes
 import importlib
 import logging
 import re
@@ -251,6 +252,28 @@ def quiet_vmap() -> Iterator[None]:
         yield
     finally:
         switch(True)
+
+
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # malloc.h
+
+
+@contextmanager
+def large_blocks_apart() -> Iterator[None]:
+    """Let glibc take blocks of a megabyte and more from the system, and give them back when they are freed.
+
+    Otherwise a small block that lives on lies between large ones that are freed, none of which fits the next: the heap grows.
+    Afterwards the limits are those that glibc ends up with by itself in a process that frees large blocks.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:  # another allocator
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 def uses_onednn() -> bool:

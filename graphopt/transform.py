@@ -104,8 +104,8 @@ def transform(
     in_units = fully_sharded.is_sharded(inner)
     if setup.streaming is not None and (in_units or inner is not model):
         raise OptionError(
-            f"a model in {'fully_shard' if in_units else type(model).__name__} cannot be streamed from a store as well: each rank "
-            "would need a store of its own. Use LayerToLayer() without store, or one process"
+            f"a model in {'fully_shard' if in_units else type(model).__name__} cannot be streamed from a store as well: each "
+            "rank would need a store of its own. Use LayerToLayer() without store, or one process"
         )
     _Handle(setup, dynamic).attach(inner, in_units=in_units)
     return model
@@ -304,8 +304,8 @@ class Setup:
         """Capture, rewrite, compile and bind one graph of Dynamo's."""
         if self.streaming is not None and stream is None:
             raise OptionError(
-                "LayerToLayer(store=...) moves the model's weights into a store, for which torch.compile(model, backend='graphopt') "
-                "does not know the model: use graphopt.transform(model, [...])"
+                "LayerToLayer(store=...) moves the model's weights into a store, but torch.compile(model, backend='graphopt') does "
+                "not know the model: use graphopt.transform(model, [...])"
             )
         graph, record = self.rewrite(graph_module, example_inputs, named)
         start = time.perf_counter()
@@ -439,8 +439,8 @@ class _Handle:
     def __deepcopy__(self, memo: dict[int, Any]) -> _Handle:
         if self.stream is not None:
             raise StreamError(
-                "a model whose layers are streamed cannot be copied: the copy would need a store of its own. Load its state_dict() "
-                "into another model, or copy it before graphopt.transform"
+                "a model whose layers are streamed cannot be copied: the copy would need a store of its own. Load its "
+                "state_dict() into another model, or copy it before graphopt.transform"
             )
         clone = _Handle(self.setup, self.dynamic)
         copied = memo.get(id(self._model))

@@ -25,6 +25,12 @@ from graphopt.runtime.bound_graph import BoundGraph, UnboundGraph
 from graphopt.runtime.streaming.slots import make_husk
 from graphopt.transform import _HANDLE, Setup, with_own_code
 
+# What `transform` and the streaming of layers put into modules. Some of it refuses to be copied; torch gives a copy empty hooks.
+_NOT_COPIED = (
+    *(_HANDLE, "_compiled_call_impl", "__deepcopy__", "__reduce_ex__", "_apply"),
+    *("_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+
 
 @dataclass(frozen=True)
 class Captured:
@@ -102,16 +108,21 @@ def capture(
 
 def without_memory(model: nn.Module, device: torch.device | None = None) -> nn.Module:
     """A copy, as it was written, whose parameters hold one number each; ties stay ties, buffers are shared."""
-    memo: dict[int, Any] = {id(vars(model).get(_HANDLE)): None}  # a streamed model refuses to be copied
+    memo: dict[int, Any] = {}
     for parameter in model.parameters():
         place = device or _off_meta(parameter)
         memo[id(parameter)] = nn.Parameter(make_husk(parameter, place), parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = _on_device(buffer, device or _off_meta(buffer))
-    clone = copy.deepcopy(model, memo)
-    vars(clone).pop(_HANDLE, None)
-    vars(clone).pop("_compiled_call_impl", None)
-    return clone
+    hidden = [
+        (module, {name: vars(module).pop(name) for name in _NOT_COPIED if name in vars(module)})
+        for module in model.modules()
+    ]
+    try:
+        return copy.deepcopy(model, memo)
+    finally:
+        for module, attributes in hidden:
+            vars(module).update(attributes)
 
 
 def _call_of(model: nn.Module) -> Callable[..., Any]:

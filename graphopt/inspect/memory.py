@@ -285,8 +285,8 @@ class StepMemory:
     def _group(self, stage: StageCosts, stash_of: GraphCosts | None) -> int:
         """Bytes that are brought for one stage, with what it has in the stash if a graph is given."""
         records = [self._sizes.brought(weight.nbytes) for weight in stage.weights]
-        for name in stage.reads if stash_of is not None else ():
-            value = stash_of.values[name]
+        values = [stash_of.values[name] for name in stage.reads] if stash_of is not None else []
+        for value in values:
             if on_disk(value, self._options):
                 records += [self._sizes.stored(part) for part in value.parts]
         return sum(records)

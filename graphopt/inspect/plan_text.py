@@ -83,7 +83,7 @@ def _stages(plan: Plan) -> Iterator[str]:
 
 def _look(stage: StagePlan) -> tuple[object, ...]:
     """Equal for stages that stand in one row: those that differ by a number in their names."""
-    name = re.sub(r"\.\d+(?=\.|$| )", ".*", stage.name)
+    name = re.sub(r"(^|\.)\d+(?=\.|$| )", r"\1*", stage.name)
     return (
         name,
         stage.parameter_bytes,
@@ -114,7 +114,7 @@ def _memory(plan: Plan) -> Iterator[str]:
 
 def _moved(plan: Plan) -> Iterator[str]:
     both = (plan.traffic, plan.traffic_eager)
-    rows = [("moved in a step", "read", "written", "eager: read", "written")]
+    rows: list[tuple[str, ...]] = [("moved in a step", "read", "written", "eager: read", "written")]
     seen = dict.fromkeys((move.phase, move.kind) for traffic in both for move in traffic.moves)
     for phase, kind in sorted(seen, key=lambda key: ("forward", "backward", "optimizer").index(key[0])):
         cells = [
@@ -149,8 +149,8 @@ def _time(plan: Plan) -> Iterator[str]:
         whole = plan.step_hidden_from
         rest = "no number hides" if whole == float("inf") else f"{whole or 0:,.0f} hide"
         yield (
-            f"{plan.hidden_from:,.0f} rows per visit of a layer hide the transfer of its weights behind its forward, {rest} all that "
-            f"a step moves; this batch has {plan.rows_per_visit:,.0f}"
+            f"{plan.hidden_from:,.0f} rows per visit of a layer hide the transfer of its weights behind its forward, {rest} all "
+            f"that a step moves; this batch has {plan.rows_per_visit:,.0f}"
         )
 
 

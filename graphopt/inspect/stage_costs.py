@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
 
-import sympy
 import torch
 from torch import Tensor
 from torch.fx import Interpreter
@@ -288,7 +287,7 @@ def _cut(graph: CapturedGraph, values: Sequence[Any], microbatch_size: int | Non
     symbols = frozenset(
         found for s in batches.symbols if (found := s if shape_env is None else shape_env.replace(s)).is_Symbol
     )
-    return Cut(read_sizes(graph)(values), cast(frozenset[sympy.Symbol], symbols), microbatch_size)
+    return Cut(read_sizes(graph)(values), symbols, microbatch_size)
 
 
 def _num_samples(graph: CapturedGraph, values: Sequence[Any]) -> int | None:

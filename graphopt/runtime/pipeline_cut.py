@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 import itertools
 from collections import defaultdict
@@ -93,7 +94,10 @@ class PipelineCut:
         self._home = {node: stage for stage, nodes in enumerate(self._nodes) for node in nodes}
         returned = self._returned(captured, trial)
         self._producer, last_use = self._lives(returned)
+        self._meaning = _meanings(self.graph, self._origin)
+        # By what they mean, since passes need not insert their nodes in the same order in every process.
         order = [node for node in self.graph.graph_module.graph.nodes if node in self._producer]
+        order.sort(key=lambda node: self._meaning[node])
         self.wires = [
             [node for node in order if self._producer[node] < stage <= last_use[node]] for stage in range(num_stages)
         ]
@@ -101,10 +105,14 @@ class PipelineCut:
 
     def describe(self) -> list[str]:
         """A line for each stage: the same on ranks that cut the same model in the same way."""
-        return [
-            f"{', '.join(s.name for s in group)}; receives {', '.join(repr(self._wire(node)) for node in entering) or 'nothing'}"
-            for group, entering in zip(self.groups, self.wires, strict=False)
-        ]
+        lines = []
+        for group, entering, nodes in zip(self.groups, self.wires, self._nodes, strict=False):
+            computed = sorted(self._meaning[node] for node in self._computing(nodes))
+            received = [self._meaning[node] for node in entering]
+            digest = hashlib.sha256(repr((computed, received)).encode()).hexdigest()[:8]
+            looks = ", ".join(self._wire(node).look for node in entering) or "nothing"
+            lines.append(f"{', '.join(s.name for s in group)}; receives {looks}; graph {digest}")
+        return lines
 
     def stage(self, index: int) -> StageModule:
         """Compile one group of layers, and move what it owns to its device."""
@@ -160,6 +168,8 @@ class PipelineCut:
         for node in returned:
             uses[node].add(len(self.groups) - 1)
         self._refuse_split_companions(uses)
+        inputs = zip(self.graph.placeholders, self.graph.inputs, strict=True)
+        kinds = {node: described.kind for node, described in inputs}
         producer: dict[Node, int] = {}
         for node, stages in uses.items():
             source = self._sources.get(node)
@@ -168,7 +178,7 @@ class PipelineCut:
                     producer[node] = self._home[node]
             elif isinstance(source, Argument):
                 producer[node] = 0
-            elif isinstance(source, Own) and self._kind(node) is InputKind.PARAMETER:
+            elif isinstance(source, Own) and kinds[node] is InputKind.PARAMETER:
                 producer[node] = min(stages)
             elif len(stages) > 1 and any(_may_write(user) for user in node.users):
                 raise UnsupportedError(
@@ -290,9 +300,6 @@ class PipelineCut:
         resolve = (lambda size: size) if self._shape_env is None else self._shape_env.replace
         return {symbol for _, described, _ in companions for symbol in resolve(described.num_samples).free_symbols}
 
-    def _kind(self, node: Node) -> InputKind:
-        return self.graph.inputs[self.graph.placeholders.index(node)].kind
-
     def _owned(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """All names of the parameters and buffers of a stage; what no stage uses stays with the last."""
         own: dict[str, set[int]] = defaultdict(set)
@@ -338,9 +345,8 @@ def _balanced(graph: CapturedGraph, found: Sequence[Segment], num_stages: int) -
         new = [node for node in parameters_of(graph, segment) if node not in seen]
         seen.update(new)
         bytes_up_to.append(bytes_up_to[-1] + sum(bytes_of(node.meta["val"]) for node in new))
-    best: dict[int, tuple[int, list[int]]] = {
-        0: (0, [0])
-    }  # segments so far -> cost, and where the groups begin and end
+    # Number of segments so far -> cost, and where the groups begin and end.
+    best: dict[int, tuple[int, list[int]]] = {0: (0, [0])}
     for stage in range(num_stages):
         ends = range(stage + 1, len(found) - (num_stages - stage - 1) + 1)
         best = {
@@ -366,6 +372,21 @@ def _by_stage(graph: CapturedGraph, groups: Sequence[Sequence[Segment]]) -> Iter
         if node.op not in ("placeholder", "get_attr", "output"):
             nodes[current].append(node)
     yield from nodes
+
+
+def _meanings(graph: CapturedGraph, origin: Mapping[Node, Node]) -> dict[Node, str]:
+    """For each node a hash of what it computes, in terms of the graph's inputs; the same in every process."""
+    found: dict[Node, str] = {}
+    described = dict(zip(graph.placeholders, graph.inputs, strict=True))
+    for node in graph.graph_module.graph.nodes:
+        if node in described:
+            item = described[node]
+            row: Any = (item.name, item.kind.value, item.annotation and item.annotation.name)
+        else:
+            refer = torch.fx.map_arg((node.args, node.kwargs), lambda argument: found[origin[argument]])
+            row = (node.op, str(node.target), repr(refer))
+        found[node] = hashlib.sha256(repr(row).encode()).hexdigest()
+    return found
 
 
 def _sources_of(

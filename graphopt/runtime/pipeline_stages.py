@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graphopt.errors import OptionError
 from graphopt.passes.layer_to_layer.layers import Boundaries
@@ -100,12 +100,15 @@ def pipeline_stage(
     cut = PipelineCut(unwrap(model), args, kwargs or {}, num_stages, setup, boundaries, own_device)
     _compare(cut.describe(), group)
     module = cut.stage(stage_index)
+    received = tuple(wire.example() for wire in module.layout.received)
+    if stage_index == 0 and all(isinstance(value, Tensor) for value in args):
+        received = tuple(value.to("meta") for value in args)
     return PipelineStage(
         module,
         stage_index,
         num_stages,
         own_device,
-        input_args=tuple(wire.example() for wire in module.layout.received),
+        input_args=received,
         output_args=tuple(wire.example() for wire in module.layout.sent),
         group=group,
     )

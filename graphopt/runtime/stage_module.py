@@ -73,8 +73,13 @@ class Wire:
         """A tensor that looks like it, on the meta device."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta").requires_grad_(self.requires_grad)
 
+    @property
+    def look(self) -> str:
+        """Dtype and shape."""
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
     def __repr__(self) -> str:
-        return f"{self.name} {str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+        return f"{self.name} {self.look}"
 
 
 @dataclass(frozen=True)

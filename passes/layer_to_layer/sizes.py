@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,17 +60,17 @@ def fit_for_streaming(graph: CapturedGraph, found: Sequence[Segment]) -> list[Se
 def _balanced(graph: CapturedGraph, segment: Segment, limit: int) -> list[Segment]:
     """Cut a segment at its narrowest points, so that no part has more than ``limit`` bytes of parameters."""
     nodes, width = segment.nodes, _widths(segment.nodes)
-    cuts, start, held, seen = [0], 0, 0, set[Node]()
-    for position, node in enumerate(nodes):
-        new = [p for p in parameters_of(graph, Segment("", [node])) if p not in seen]
-        size = sum(bytes_of(p.meta["val"]) for p in new)
-        if held and held + size > limit:
-            start = min(range(start + 1, position + 1), key=lambda at: (width[at], -at))
-            cuts.append(start)
-            seen = {p for n in nodes[start:position] for p in parameters_of(graph, Segment("", [n]))}
-            held = sum(bytes_of(p.meta["val"]) for p in seen)
-        seen.update(new)
-        held += size
+    reads = [parameters_of(graph, Segment("", [node])) for node in nodes]
+    cuts, held = [0], set[Node]()
+    for position in range(len(nodes)):
+        together = held.union(reads[position])
+        if held and sum(bytes_of(node.meta["val"]) for node in together) > limit:
+            # Results of one operator stay with it.
+            places = [at for at in range(cuts[-1] + 1, position + 1) if nodes[at].target is not operator.getitem]
+            if places:
+                cuts.append(min(places, key=lambda at: (width[at], -at)))
+                together = {node for own in reads[cuts[-1] : position + 1] for node in own}
+        held = together
     ends = [*cuts[1:], len(nodes)]
     return [
         Segment(f"{segment.name}, part {number}", nodes[first:last])

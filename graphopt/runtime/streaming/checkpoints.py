@@ -133,11 +133,13 @@ def match(model: nn.Module, checkpoint: Checkpoint, *, may_miss: bool) -> Match:
         errors.append(f"it lacks {_listed(required, unknown)}")
     if unknown:
         errors.append(f"the model has no {_listed(unknown, required)}")
-    for group in groups:
-        if group.converter is None and (shape := checkpoint.shape(group.sources[0][0])) != list(
-            expected[group.target].shape
-        ):
-            errors.append(f"{group.target} is {shape} in it and {list(expected[group.target].shape)} in the model")
+    shapes = [
+        f"{group.target} is {shape} in it and {list(expected[group.target].shape)} in the model"
+        for group in groups
+        if group.converter is None
+        and (shape := checkpoint.shape(group.sources[0][0])) != list(expected[group.target].shape)
+    ]
+    errors += shapes[:5] + ([f"and {len(shapes) - 5} more shapes differ"] if len(shapes) > 5 else [])
     if errors:
         advice = ""
         if required and not may_miss:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.optim import Optimizer
 
+from graphopt import _compat
 from graphopt.errors import StreamError
 from graphopt.runtime.stores import Store
 from graphopt.runtime.streaming.slots import Slot, stored_gradient
@@ -125,7 +126,7 @@ class EagerSteps:
         for optimizer, slots in by_optimizer.items():
             gradients = {slot: self._gradients(slot, pending.values) for slot in slots}
             keys = [[key for key in self._steps.keys(optimizer, slot) if key not in _keys(slot)] for slot in slots]
-            with closing(self._steps.store.visit(keys, prefetch=1)) as visits:
+            with _compat.large_blocks_apart(), closing(self._steps.store.visit(keys, prefetch=1)) as visits:
                 for slot, visit in zip(slots, visits, strict=True):
                     self._steps.update_group(optimizer, [slot], visit, {**visit.tensors, **gradients.pop(slot)})
 

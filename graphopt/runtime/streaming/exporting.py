@@ -22,19 +22,21 @@ from graphopt.errors import OptionError, StreamError
 _INDEX, _SINGLE, _SHARD = "model.safetensors.index.json", "model.safetensors", "model-{:05d}-of-{:05d}.safetensors"
 _OLD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
-# Names of dtypes in the format, in the order in which it lays tensors out: the largest elements first, so that all are aligned.
+# Names of dtypes in the format, in the order in which safetensors lays tensors out: large elements first, so all are aligned.
 _NAMES = {
-    torch.complex64: "C64",
     torch.uint64: "U64",
     torch.int64: "I64",
     torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
     torch.uint32: "U32",
     torch.int32: "I32",
-    torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.uint16: "U16",
     torch.int16: "I16",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
     torch.int8: "I8",
@@ -100,16 +102,21 @@ def _without_ties(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 
 
 def _split(state: Mapping[str, Tensor], limit: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
+    """The names for each file, as huggingface_hub distributes them."""
+    shards: list[list[str]] = []
+    shard: list[str] = []
     size = 0
     for name, value in state.items():
         nbytes = _nbytes(value)
-        if shards[-1] and size + nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
+        if nbytes > limit:
+            shards.append([name])
+            continue
+        if size + nbytes > limit:
+            shards.append(shard)
+            shard, size = [], 0
+        shard.append(name)
         size += nbytes
-    return shards
+    return [*shards, shard] if shard or not shards else shards
 
 
 def _write_file(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -228,7 +228,8 @@ class _Filling:
                     raise StoreError(
                         f"the checkpoint's {group.sources[0][0]} becomes {name}, which the model does not have"
                     )
-                self._load(named[name], name, converted(value, name, named[name]), loaded)
+                value = converted(value, name, named[name])  # without a second name for what was read
+                self._load(named[name], name, value, loaded)
                 del value  # before the next is read
         without = [slot.name for slot in self.slots if not self._store.is_written(slot.key)]
         if without:

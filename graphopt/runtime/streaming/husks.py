@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.errors import StoreError
-from graphopt.runtime.streaming.run import random_state
+from graphopt.runtime.streaming.random_states import random_state
 from graphopt.runtime.streaming.slots import Slot
 
 if TYPE_CHECKING:

@@ -82,7 +82,7 @@ class OptimizerSteps:
     @property
     def store(self) -> Store:
         """The store of the stream."""
-        return self.store
+        return self._stream.store
 
     def optimizer_of(self, slot: Slot) -> Optimizer | None:
         """The optimizer that has made a step for a parameter."""
@@ -172,7 +172,8 @@ class OptimizerSteps:
         store = self.store
         groups = self._groups(optimizer, slots)
         keys = [[key for slot in group for key in self.keys(optimizer, slot)] for group in groups]
-        with closing(store.visit(keys, prefetch=self._stream.options.prefetch)) as visits:
+        visit_all = store.visit(keys, prefetch=self._stream.options.prefetch)
+        with _compat.large_blocks_apart(), closing(visit_all) as visits:
             for group, visit in zip(groups, visits, strict=True):
                 self.update_group(optimizer, group, visit, visit.tensors)
 

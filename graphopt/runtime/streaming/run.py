@@ -18,6 +18,7 @@ from torch import Tensor
 from graphopt.annotations import SAMPLE_GRAD_NORM, Key
 from graphopt.errors import StreamError
 from graphopt.runtime.streaming.micro_batches import Cut, Values, evaluate, laid_out
+from graphopt.runtime.streaming.random_states import random_state, set_random_state
 from graphopt.runtime.streaming.stages import Argument, Companion, Constant, Parameter, Size, Stage, Value
 from graphopt.runtime.streaming.stash import Stash
 
@@ -327,15 +328,3 @@ def _own(value: Any, lent: set[int]) -> Any:
     if isinstance(value, Tensor) and value.numel() and value.untyped_storage().data_ptr() in lent:
         return value.clone()
     return value
-
-
-def random_state(device: torch.device) -> list[Tensor]:
-    """The states of the generators that operators on a device draw from."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def set_random_state(device: torch.device, states: Sequence[Tensor]) -> None:
-    """Set what `random_state` returned."""
-    torch.set_rng_state(states[0])
-    if device.type == "cuda" and len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -24,14 +23,15 @@ _COPY = (
 )
 
 
-class TiedTensor(StoredTensor):
-    """A parameter that stands in a state dict under several names: libraries compare addresses to find out that it is one.
+class StateTensor(StoredTensor):
+    """A stored tensor in a state dict: libraries that save it compare addresses, to find out which names are of one tensor.
 
-    Nothing can be read at its address. To be asked for ``.contiguous()`` before they read, it says that it is not.
+    Nothing can be read at its address. It says that it is not contiguous, so that they read what ``.contiguous()`` returns, or
+    ask for that.
     """
 
     def data_ptr(self) -> int:
-        """An address that only the other names have."""
+        """An address that only other names of the same parameter have."""
         return self.store.storage_id(self.key) + int(self.storage_offset()) * self.element_size()
 
     def is_contiguous(self, *args: Any, **kwargs: Any) -> bool:
@@ -40,7 +40,7 @@ class TiedTensor(StoredTensor):
 
 
 class StateDictHooks:
-    """Hooks on all modules of a model.
+    """Hooks on all modules of a model that have parameters, or contain such.
 
     ``state_dict()`` returns tensors that load their values when they are read. ``load_state_dict()`` brings the parameters of one
     module at a time into memory, lets torch copy into them, and writes them to the store; at the end they are committed, so that
@@ -51,8 +51,6 @@ class StateDictHooks:
     def __init__(self, model: nn.Module, stream: Stream) -> None:
         self._model, self._stream = weakref.ref(model), stream
         self._slots = {id(slot.param): slot for slot in stream.slots}
-        uses = Counter(id(param) for _, param in model.named_parameters(remove_duplicate=False))
-        self._tied = {key for key, count in uses.items() if count > 1}
         self._handles: list[Any] = []
         self._guarded: list[nn.Module] = []
         self._outermost: tuple[nn.Module, list[str]] | None = None  # what load_state_dict was called on, and its errors
@@ -76,14 +74,15 @@ class StateDictHooks:
 
     def _attach(self, module: nn.Module) -> None:
         inside = [self._slots[id(param)] for param in module.parameters() if id(param) in self._slots]
+        if not inside:
+            return
         self._handles += [
             module.register_state_dict_post_hook(functools.partial(self._fill)),  # torch sets an attribute on it
             module.register_load_state_dict_pre_hook(self._bring),
             module.register_load_state_dict_post_hook(self._send),
         ]
-        if inside:
-            _guard(module, inside)
-            self._guarded.append(module)
+        self._guarded.append(module)
+        _guard(module, inside)
 
     def _own(self, module: nn.Module) -> dict[str, Slot]:
         return {name: self._slots[id(param)] for name, param in module._parameters.items() if id(param) in self._slots}
@@ -93,8 +92,7 @@ class StateDictHooks:
     def _fill(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         for name, slot in self._own(module).items():
             if prefix + name in state:
-                kind = TiedTensor if id(slot.param) in self._tied else StoredTensor
-                state[prefix + name] = kind(self._stream.store, slot.key, self._stream.device)
+                state[prefix + name] = StateTensor(self._stream.store, slot.key, self._stream.device)
 
     # ------------------------------------------------------------------------------------------------- load_state_dict
 

