@@ -29,7 +29,7 @@ from benchmarks.tables import case_table
 from benchmarks.worker import Task
 
 KILLS, QUICK_KILLS = 200, 3
-STEPS = 40  # of a run; when it is through, the next begins in a new folder
+STEPS, QUICK_STEPS = 40, 6  # of a run; when it is through, the next begins in a new folder
 WIDTH, DEPTH, BATCH, MICROBATCH = 256, 4, 8, 2
 EARLY = 0.2  # of the kills fall before the first step is over, the others in one of the following
 STEPS_TO_COME = 4  # a kill that is not early falls somewhere within so many steps
@@ -49,16 +49,14 @@ MOMENTS = {
 # --- the process that is killed ---------------------------------------------------------------------------------------
 
 
-def train(folder: Path, *, eager: bool, report: int | None) -> list[str]:
+def train(folder: Path, *, eager: bool, steps: int, report: int | None) -> None:
     """Train from whatever the folder holds to the end.
 
     Args:
         folder: Of the store, which is made if it does not exist.
         eager: As in ``LayerToLayer``.
+        steps: Where the end is.
         report: A file descriptor for what happens, a line of JSON each.
-
-    Returns:
-        The losses of the steps that were taken.
     """
     import torch
     from torch import nn
@@ -79,8 +77,7 @@ def train(folder: Path, *, eager: bool, report: int | None) -> list[str]:
     stream = graphopt.stream(model)
     done = stream.resume(updates)
     say("opened", done)
-    losses = []
-    for step in range(done, STEPS):
+    for step in range(done, steps):
         data = torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(step))
         say("forward", step)
         loss = nn.functional.mse_loss(model(data), data.sum(1, keepdim=True))
@@ -88,11 +85,9 @@ def train(folder: Path, *, eager: bool, report: int | None) -> list[str]:
         loss.backward()
         say("update", step)
         updates.step()
-        losses.append(loss.item().hex())
-        say("end", step, losses[-1])
+        say("end", step, loss.item().hex())
         updates.zero_grad()
     stream.close()
-    return losses
 
 
 # --- the process that kills -------------------------------------------------------------------------------------------
@@ -111,6 +106,7 @@ class Killing:
 
     folder: Path
     eager: bool
+    steps: int
     generator: random.Random
     wanted: list[str] = field(default_factory=list)
     finished: int = 0
@@ -125,7 +121,7 @@ class Killing:
     def prepare(self) -> None:
         """Train without an interruption, and learn how long that takes."""
         self._check_alone()
-        child = _Child.start(self.folder / "whole", eager=self.eager)
+        child = self._start(self.folder / "whole")
         child.wait_for_words(None)
         if child.status:
             raise RuntimeError(f"the uninterrupted run ended with status {child.status}: {child.error}")
@@ -142,10 +138,10 @@ class Killing:
 
     def finish(self) -> None:
         """Let the last run come to its end."""
-        child = _Child.start(self._path, eager=self.eager)
+        child = self._start(self._path)
         child.wait_for_words(None)
         self._look_at(child)
-        if child.status or self.finished != STEPS:
+        if child.status or self.finished != self.steps:
             self.problems.append(f"the last run did not finish: status {child.status}, {child.error}")
 
     def facts(self) -> dict[str, Any]:
@@ -164,7 +160,7 @@ class Killing:
     def _interrupt(self) -> bool:
         """Kill a child at a random moment; false if it was through before that."""
         self._check_alone()
-        child = _Child.start(self._path, eager=self.eager)
+        child = self._start(self._path)
         if self.generator.random() < EARLY:
             child.wait_for_words(None, seconds=self.generator.uniform(0, self._seconds_to_first))
         else:
@@ -207,6 +203,9 @@ class Killing:
     def _path(self) -> Path:
         return self.folder / str(self.runs)
 
+    def _start(self, path: Path) -> _Child:
+        return _Child.start(path, eager=self.eager, steps=self.steps)
+
     def _check_alone(self) -> None:
         others = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
         if others:
@@ -232,7 +231,8 @@ class _Child:
     _rest: bytes = b""
 
     @classmethod
-    def start(cls, folder: Path, *, eager: bool) -> _Child:
+    def start(cls, folder: Path, **options: Any) -> _Child:
+        """Fork it; ``options`` are those of `train`."""
         reading, writing = os.pipe()
         started = time.perf_counter()
         process_id = os.fork()
@@ -240,7 +240,7 @@ class _Child:
             status = 1
             try:
                 os.close(reading)
-                train(folder, eager=eager, report=writing)
+                train(folder, **options, report=writing)
                 status = 0
             except BaseException as error:
                 traceback.print_exc()
@@ -294,7 +294,7 @@ class _Child:
 # --- the benchmark ----------------------------------------------------------------------------------------------------
 
 
-def build(*, eager: bool) -> Task:
+def build(*, eager: bool, steps: int = STEPS) -> Task:
     """One step is one kill."""
     import torch
     from tqdm import tqdm
@@ -304,8 +304,8 @@ def build(*, eager: bool) -> Task:
     tqdm.monitor_interval = 0  # torch.fx has bars that are never shown, and each would want a thread that watches it
     torch.set_num_threads(1)  # with more, torch would have threads of its own, which a fork does not take along
     folder = disk.new_folder()
-    train(folder / "first", eager=eager, report=None)  # imports what is imported on first use
-    killing = Killing(folder, eager, random.Random(int(eager)))
+    train(folder / "first", eager=eager, steps=2, report=None)  # imports what is imported on first use
+    killing = Killing(folder, eager, steps, random.Random(int(eager)))
     killing.prepare()
 
     def metrics() -> dict[str, Any]:
@@ -332,7 +332,7 @@ def cases(quick: bool, kills: int | None = None) -> tuple[Case, ...]:
             name=f"eager={eager}",
             label=f"LayerToLayer(store='disk', eager={eager})",
             build=build,
-            options={"eager": eager},
+            options={"eager": eager, "steps": QUICK_STEPS if quick else STEPS},
             ours=True,
         )
         for eager in (False, True)

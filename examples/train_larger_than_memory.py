@@ -129,7 +129,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--microbatch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--memory", type=int, default=300, help="MB beyond what torch takes")
     parser.add_argument("--folder", type=Path, help="where the store goes (default: the system's temporary folder)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

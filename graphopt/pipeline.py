@@ -115,6 +115,11 @@ class Pass(ABC):
     def run(self, graph: CapturedGraph) -> PassResult:
         """Rewrite ``graph``, which is the pass's own copy, and return it; the same object if nothing applies."""
 
+    @property
+    def needs_samples(self) -> bool:
+        """Whether the pass must know where the samples are; then the batch size stays symbolic in the graph."""
+        return True
+
     def selects(self, name: str, value: Tensor) -> bool:
         """Whether the pass is asked to serve a trainable parameter; ``value`` may be fake."""
         return True

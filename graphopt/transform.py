@@ -81,7 +81,8 @@ def transform(
 
     Args:
         model: any module. A model that is transformed already is transformed anew.
-        passes: pass objects or names, in order; the default is `default_passes`; ``[]`` compiles without rewriting.
+        passes: pass objects or names, in order; the default is ``[TrueGrad(), LayerToLayer()]``; ``[]`` compiles without
+            rewriting. ``LayerToLayer(store=...)`` moves the model's values into a store (`stream`).
         compiler: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         dynamic: as in ``torch.compile``. The sample axis is dynamic in any case, so a ragged last batch needs no recompile.
         options: ``sample_axis`` (int, or argument name to int or ``None``; default 0), ``sample_axis_between_graphs`` (int: where
@@ -225,6 +226,11 @@ class Setup:
         return next((item.streaming for item in self.passes if item.streaming is not None), None)
 
     @property
+    def needs_samples(self) -> bool:
+        """Whether a pass must know where the samples are."""
+        return any(item.needs_samples for item in self.passes)
+
+    @property
     def has_statistics(self) -> bool:
         """Whether a pass leaves statistics on parameters."""
         return any(SUM_GRAD_SQUARED in item.provides for item in self.passes)
@@ -263,7 +269,7 @@ class Setup:
         inputs = describe_inputs(graph_module, example_inputs, named or NamedTensors(), self.sample_axis, self.between)
         if self.has_statistics:
             _refuse_distributed(inputs, example_inputs)
-        if self.passes and needs_restart(inputs, example_inputs):
+        if self.needs_samples and needs_restart(inputs, example_inputs):
             raise _compat.restart_capture("the sample axis of an input was not marked dynamic")
         start = time.perf_counter()
         try:
@@ -304,8 +310,8 @@ class Setup:
         """Capture, rewrite, compile and bind one graph of Dynamo's."""
         if self.streaming is not None and stream is None:
             raise OptionError(
-                "LayerToLayer(store=...) moves the model's weights into a store, but torch.compile(model, backend='graphopt') does "
-                "not know the model: use graphopt.transform(model, [...])"
+                "LayerToLayer(store=...) moves the model's weights into a store, but torch.compile(model, backend='graphopt') "
+                "does not know the model: use graphopt.transform(model, [...])"
             )
         graph, record = self.rewrite(graph_module, example_inputs, named)
         start = time.perf_counter()
@@ -400,7 +406,7 @@ class _Handle:
         """Compile the parts of a sharded model; FSDP's hooks run between them, as they were written."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if self.setup.passes:
+            if self.setup.needs_samples:
                 mark_samples(type(model).forward.__get__(model), args, kwargs, self.setup.sample_axis)
                 self.num_samples = count_samples(args, kwargs)
             return model._call_impl(*args, **kwargs)
@@ -535,9 +541,9 @@ def _entry(
             handle.attach(model, in_units=True)  # fully_shard came after transform
             return model(*args, **kwargs)
         called = True
-        if setup.passes and is_unit and isinstance(axis, int):
+        if setup.needs_samples and is_unit and isinstance(axis, int):
             mark_passed_on(args, kwargs, axis, handle.num_samples)
-        if setup.passes and not is_unit:
+        if setup.needs_samples and not is_unit:
             mark_samples(model.forward, args, kwargs, setup.sample_axis)
         if setup.has_statistics:
             data_parallel.enter_forward()  # on every rank, also on one whose batch reaches no graph

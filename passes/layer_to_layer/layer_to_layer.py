@@ -129,6 +129,11 @@ class LayerToLayer(Pass):
         )
 
     @property
+    def needs_samples(self) -> bool:
+        """For micro-batches; otherwise shapes may be fixed, as ``torch.compile`` has them."""
+        return self.microbatch_size is not None
+
+    @property
     def uuid(self) -> str:
         """The same for all options: they decide where a graph is cut, not what its regions are compiled to."""
         return "layer_to_layer"
