@@ -154,7 +154,9 @@ def bound_by_phases(rivals: Mapping[str, Any], name: str) -> list[float]:
 
 
 def _moved(rivals: Mapping[str, Any], name: str) -> float:
-    metrics = rivals.get(name, {}).get("metrics", {})
+    """Bytes of a step, both directions; 0 for a rival that failed."""
+    rival = rivals.get(name, {})
+    metrics = rival.get("metrics", {}) if rival.get("status") == "ok" else {}
     return float(metrics.get("bytes_read", 0) + metrics.get("bytes_written", 0))
 
 

@@ -13,6 +13,8 @@ from graphopt.inspect.report import Report as Report
 from graphopt.inspect.report import explain as explain
 from graphopt.nn.patching import patch_model as patch_model
 from graphopt.nn.patching import patch_torch as patch_torch
+from graphopt.runtime.layer_modules import layers as layers
+from graphopt.runtime.pipeline_stages import pipeline_stage as pipeline_stage
 from graphopt.runtime.streaming.filling import fill_store as fill_store
 from graphopt.runtime.streaming.layer2layer import Layer2Layer as Layer2Layer
 from graphopt.transform import records as records

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
+import itertools
 import time
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -56,6 +59,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _HANDLE = "_graphopt"  # where a transformed model keeps its `_Handle`
 _OWN_OPTIONS = ("passes", "compiler", "disable", "sample_axis", "sample_axis_between_graphs", "fullgraph")
 
+_numbers = itertools.count()
 _records_of: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> records of the graphs that use it
 
 
@@ -341,11 +345,13 @@ class Setup:
 
 
 def with_own_code(call: types.FunctionType) -> types.FunctionType:
-    """The same closure with a code object of its own.
+    """The same closure with a code object and a name of its own.
 
-    Dynamo counts recompilations by code object: without it, the closures of all models would share one limit.
+    Dynamo counts recompilations by code object, and remembers by file, line and name which sizes it has seen change: without
+    them, all models would share one limit, and one model's batch sizes would make another's image sizes symbolic.
     """
-    return types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
+    code = call.__code__.replace(co_name=f"{call.__name__}_{next(_numbers)}")
+    return types.FunctionType(code, call.__globals__, call.__name__, None, call.__closure__)
 
 
 def _refuse_distributed(inputs: Sequence[Input], example_inputs: Sequence[Any]) -> None:
@@ -363,11 +369,24 @@ def _refuse_distributed(inputs: Sequence[Input], example_inputs: Sequence[Any]) 
         )
 
 
-def _call_of(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:  # as in `_Handle.attach`
-        return forward(*args, **kwargs)
+def _call_of(unit: nn.Module) -> Callable[..., Any]:
+    """What runs the ``forward`` of a part of a sharded model, or of one like it."""
+    if "forward" in vars(unit):
+        forward = unit.forward
+        return lambda module, *args, **kwargs: forward(*args, **kwargs)
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return type(module).forward(module, *args, **kwargs)
 
     return call
+
+
+def _likeness(unit: nn.Module) -> Any:
+    """Equal for parts of a sharded model that are likely to have the same graph; Dynamo's guards decide."""
+    if "forward" in vars(unit):
+        return id(unit)
+    named = unit.named_parameters()
+    return type(unit), repr(unit), tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in named)
 
 
 class _Handle:
@@ -412,10 +431,16 @@ class _Handle:
             return model._call_impl(*args, **kwargs)
 
         setup = self.setup.for_units()
+        alike: dict[Any, list[nn.Module]] = {}
         for _, unit in fully_sharded.units(model, setup.must_serve):
-            compiled = self._compile(model, _call_of(unit.forward), setup)
-            unit.__dict__["forward"] = _entry(unit, compiled, self, is_unit=True, axis=setup.sample_axis)
-            self._units.append(unit)
+            alike.setdefault(_likeness(unit), []).append(unit)
+        for units in alike.values():  # one code object: Dynamo finds the graph of the first for the others
+            compiled = self._compile(model, _call_of(units[0]), setup)
+            for unit in units:
+                bound = functools.partial(compiled, unit)
+                entry = _entry(unit, bound, self, is_unit=True, axis=setup.sample_axis, num_alike=len(units))
+                unit.__dict__["forward"] = entry
+                self._units.append(unit)
         model.__dict__[_HANDLE] = self
         model.__dict__["_compiled_call_impl"] = call
 
@@ -430,9 +455,14 @@ class _Handle:
             stream.restore()
 
     def _compile(self, model: nn.Module, call: Callable[..., Any], setup: Setup) -> Callable[..., Any]:
+        own_model, own_handle = weakref.ref(model), weakref.ref(self)  # Dynamo keeps backends for ever
+
         def compile_one(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-            named = NamedTensors.of(model)
-            return setup.compile(graph_module, example_inputs, named, self.records.append, self.stream)
+            served, handle = own_model(), own_handle()
+            assert served is not None
+            assert handle is not None
+            named = NamedTensors.of(served)
+            return setup.compile(graph_module, example_inputs, named, handle.records.append, handle.stream)
 
         functools.update_wrapper(compile_one, backend)
         return torch.compile(
@@ -523,6 +553,16 @@ def _watch(model: nn.Module, setup: Setup) -> None:
         handles.append(param.register_post_accumulate_grad_hook(functools.partial(warn, name=name)))
 
 
+def _limit_for(num_alike: int) -> contextlib.AbstractContextManager[Any]:
+    """Parts that share a code object share Dynamo's limit of recompilations, and each may need graphs of its own."""
+    if num_alike == 1:
+        return contextlib.nullcontext()
+    config = torch._dynamo.config
+    return cast(
+        contextlib.AbstractContextManager[Any], config.patch(recompile_limit=config.recompile_limit * num_alike)
+    )
+
+
 def _entry(
     model: nn.Module,
     compiled: Callable[..., Any],
@@ -530,6 +570,7 @@ def _entry(
     *,
     is_unit: bool = False,
     axis: SampleAxisOption = 0,
+    num_alike: int = 1,
 ) -> Callable[..., Any]:
     """The function that ``model(...)`` calls, or the ``forward`` of a part of a sharded model."""
     warned, called, watched, setup = False, False, False, handle.setup
@@ -549,7 +590,7 @@ def _entry(
             data_parallel.enter_forward()  # on every rank, also on one whose batch reaches no graph
         before = BoundGraph.num_calls
         try:
-            with capture_settings(has_passes=bool(setup.passes)):
+            with capture_settings(has_passes=bool(setup.passes)), _limit_for(num_alike):
                 outputs = compiled(*args, **kwargs)
         except _compat.BackendCompilerFailed as error:
             inner = error.inner_exception

@@ -20,6 +20,7 @@ from graphopt import _compat
 from graphopt.capture import NamedTensors, capture_settings, mark_samples
 from graphopt.errors import GraphoptError, UnsupportedError
 from graphopt.pipeline import Coverage, Record, Status
+from graphopt.runtime import fully_sharded
 from graphopt.runtime.bound_graph import BoundGraph, UnboundGraph
 from graphopt.runtime.data_parallel import unwrap
 from graphopt.runtime.statistics import Statistic
@@ -54,9 +55,11 @@ class Report:
                 if row.name not in rows or row.status is Status.SKIPPED:
                     rows[row.name] = row
         names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        gathered = fully_sharded.gathered(model)
         for name, parameter in names.items():
-            # Equal layers behind a graph break share one graph, whose record has the names of the first.
-            served = rows.get(Statistic.name_in_graph(parameter) or "")
+            # Equal layers behind a graph break, and equal parts of a sharded model, share one graph, whose record has the names
+            # of the first.
+            served = rows.get(Statistic.name_in_graph(gathered.get(id(parameter), parameter)) or "")
             missing = Coverage(name, tuple(parameter.shape), Status.SKIPPED, _NOT_REACHED)
             rows.setdefault(name, missing if served is None else dataclasses.replace(served, name=name))
         ordered = [rows[name] for name in [*names, *(name for name in rows if name not in names)]]

@@ -89,6 +89,13 @@ def units(
     ]
 
 
+def gathered(model: nn.Module) -> dict[int, Tensor]:
+    """The parameters that graphs are called with, by the identities of the DTensors that a sharded model holds between calls."""
+    states = [state for module in model.modules() if _is_loaded() and (state := _state_of(module)) is not None]
+    shards = [shard for state in states for group in _groups_of(state) for shard in group.fsdp_params]
+    return {id(shard.sharded_param): shard._unsharded_param for shard in shards if hasattr(shard, "_unsharded_param")}
+
+
 def check(model: nn.Module) -> None:
     """Raise `UnsupportedError` for wrappers whose parameters no captured graph can follow."""
     for name, module in model.named_modules():

@@ -289,7 +289,9 @@ class Rewriter:
     def _batch(self, batched: set[Node]) -> int:
         """Rewrite the frontier of the batched parameters, one operator at a time."""
         frontier = defaultdict(set)
-        for param in batched:
+        for param in [
+            param for param in self.uses.of if param in batched
+        ]:  # in one order in every process: caches find it
             for use in self.uses.of[param]:
                 frontier[use.node].add(param)
         order = [node for node in self.editor.graph.nodes if node in frontier]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import disk, kills, layer_to_layer, memory_against_depth, regions, report, workloads
+from benchmarks import disk, kills, layer_to_layer, memory_against_depth, regions, report
 from benchmarks.figures import add_figures
 from benchmarks.harness import Case, Rival, Settings, run_case
 from benchmarks.pictures import Curves, Line, draw_curves
@@ -150,6 +150,8 @@ def test_a_rival_that_forgets_a_micro_batch_is_found_out(monkeypatch):
 
 
 def test_bytes_are_counted_by_phase_and_the_disk_alone_moves_them(monkeypatch, tmp_path):
+    from benchmarks import workloads  # here: it imports torch, which the small rivals of this module can do without
+
     monkeypatch.setenv(disk.VARIABLE, str(tmp_path))
     monkeypatch.setattr(disk, "RAW_BYTES", 2 * disk.PIECE)
     workload = {**layer_to_layer.SMALL, "batch": 2}
@@ -211,7 +213,7 @@ def test_a_life_keeps_the_first_step_apart(tmp_path):
     )
     columns = {"peak_bytes": "peak", "later_peak_bytes": "later", "word": "said"}
     case = Case(name="a", title="A", rivals=rivals, baseline="small", measure="lives", steps=2, columns=columns)
-    record = run_case(case, SETTINGS)
+    record = run_case(case, replace(SETTINGS, threads=None))  # so that they need not import torch
     large = record["rivals"]["large"]["samples"]
     assert large["peak_bytes"][0] > 400 << 20
     assert large["later_peak_bytes"][0] < 300 << 20
@@ -256,6 +258,7 @@ def test_what_is_lost_or_different_is_a_problem(killing, words, problem):
     assert killing.problems == [problem]
 
 
+@pytest.mark.slow
 def test_a_training_is_killed_and_goes_on(monkeypatch, tmp_path):
     monkeypatch.setenv(disk.VARIABLE, str(tmp_path / "stores"))
     (case,) = kills.cases(True, 2)
@@ -283,7 +286,12 @@ def test_curves_are_drawn(tmp_path):
 def test_the_report_has_conclusions_and_curves(starts, tmp_path):
     starts |= {"settings": {"rounds": 2, "threads": 2, "quick": False}, "date": "2026-01-02", "commit": "abc"}
     starts |= {"uncommitted_changes": False, "load_average": [0.5]}
-    counters = ("fxgraph_cache_hit", "fxgraph_cache_miss", *(f"autograd_cache_{x}" for x in ("hit", "miss", "bypass")))
+    counters = (
+        "autograd_cache_enabled",
+        "fxgraph_cache_hit",
+        "fxgraph_cache_miss",
+        *(f"autograd_cache_{x}" for x in ("hit", "miss", "bypass")),
+    )
     for rival in starts["rivals"].values():
         rival["compiler"] = {state: dict.fromkeys(counters, 0) for state in ("cold", "warm")}
     machine = {"slug": "box", "cpu": "A CPU", "cores": 2, "ram_gib": 8.0, "gpus": [], "os": "An OS", "python": "3"}
