@@ -24,6 +24,11 @@ NAMES = {
     "nn",
     "patch_model",
     "patch_torch",
+    "stream",
+    "fill_store",
+    "Layer2Layer",
+    "layers",
+    "pipeline_stage",
 }  # grows with design.md, section 5
 
 

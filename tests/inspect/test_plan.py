@@ -114,7 +114,9 @@ def test_bytes_are_those_that_the_store_counts(tmp_path, store, options, model, 
     assert plan.moved.written == pytest.approx(stream.store.bytes_written, rel=0.02)
     least, most = plan.buffer_bytes
     if store == "disk":
-        assert 0.5 * least <= stream.store.peak_resident_bytes <= 1.1 * most
+        assert (
+            0.5 * least <= stream.store.peak_resident_bytes <= 2 * most
+        )  # a pool hands out buffers of up to twice the size
         files = sum((tmp_path / "store" / name).stat().st_size for name in ("data-0.bin", "data-1.bin"))
         durable = plan.disk["parameters, twice"] + plan.disk["the optimizer's tensors, twice"]
         assert durable == pytest.approx(files, rel=0.05)

@@ -58,7 +58,7 @@ class Run:
                     inputs = self._inputs(stage, part, tensors, values)
                     for name, value in zip(stage.outputs, stage.function(*inputs), strict=True):
                         values.put(name, part, _own(value, lent))
-                    del inputs, value
+                    del inputs
                 self._keep_inputs(stage, values)
                 values.free(stage.last_uses)
                 tensors.clear()
