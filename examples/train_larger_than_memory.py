@@ -138,6 +138,5 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-
 if __name__ == "__main__":
     sys.exit(main())

@@ -121,9 +121,7 @@ class CapturedGraph:
         """A graph that a pass may change; nodes are new, fake values are shared."""
         graph_module = GraphModule(self.graph_module, copy.deepcopy(self.graph_module.graph))
         graph_module.meta = dict(self.graph_module.meta)
-        return replace(
-            self, graph_module=graph_module, inputs=list(self.inputs), fake_inputs=list(self.fake_inputs)
-        )
+        return replace(self, graph_module=graph_module, inputs=list(self.inputs), fake_inputs=list(self.fake_inputs))
 
     def __repr__(self) -> str:
         kinds = {kind.value: sum(i.kind is kind for i in self.inputs) for kind in InputKind}
