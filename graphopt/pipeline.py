@@ -84,6 +84,9 @@ class PassResult:
 class Pass(ABC):
     """A rewriting of a captured graph. Subclasses are frozen dataclasses whose fields are the options.
 
+    A public method that this class does not have is taken for a misspelt one, which the driver would never call. A pass that
+    offers its user more names it: ``class LayerToLayer(Pass, adds=["plan"])``.
+
     Attributes:
         name: unique, exact; the pass is selected and disabled by it.
         requires: annotations that a pass before it must provide.
@@ -98,14 +101,18 @@ class Pass(ABC):
     changes_numerics: ClassVar[bool]
     must_be_last: ClassVar[bool] = False
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, adds: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for attribute in ("name", "changes_numerics"):
             if attribute not in vars(cls):
                 raise TypeError(f"{cls.__name__} must define the class attribute {attribute!r}")
         known = {name for base in Pass.__mro__ for name in vars(base)} | set(vars(cls).get("__annotations__", {}))
+        known.update(adds)
         if misspelt := sorted(n for n, v in vars(cls).items() if n[0] != "_" and callable(v) and n not in known):
-            raise TypeError(f"{cls.__name__} defines {misspelt}, which Pass does not declare: a misspelt 'run'?")
+            raise TypeError(
+                f"{cls.__name__} defines {misspelt}, which Pass does not declare: a misspelt 'run'? If it is meant for users: "
+                f"class {cls.__name__}(Pass, adds={misspelt})"
+            )
         other = _passes.get(cls.name)
         if other is not None and other.__qualname__ != cls.__qualname__:
             raise TypeError(f"two passes are called {cls.name!r}: {other.__qualname__} and {cls.__qualname__}")

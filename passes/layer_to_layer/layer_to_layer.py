@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 import torch
+from torch import nn
 
 from graphopt.annotations import STAGE, Key
 from graphopt.capture import CapturedGraph
@@ -30,19 +31,22 @@ from graphopt.pipeline import Pass, PassResult
 from graphopt.regions import has_boundaries
 from graphopt.runtime.streaming.options import Streaming
 
+if TYPE_CHECKING:
+    from graphopt.inspect.plan import Plan
+
 _STORES = ("device", "cpu", "disk")
 
 
 @final
 @dataclass(frozen=True)
-class LayerToLayer(Pass):
+class LayerToLayer(Pass, adds=("plan",)):
     """Mark the boundaries between layers: each distinct layer is compiled once, and one layer at a time can be held in memory.
 
     With ``store="device"`` the weights stay where they are. With ``"cpu"`` or ``"disk"`` they live in host memory or in a folder,
     together with gradients, statistics and the optimizer's state, and are brought to the device layer by layer: forward runs a
     layer for all micro-batches before the next and keeps the values between layers only; backward brings each layer again,
     recomputes and differentiates it, and sends its gradients back; ``optimizer.step()`` works layer by layer. The numbers are
-    those of ordinary training. `graphopt.stream` gives access to what is stored.
+    those of ordinary training. `graphopt.stream` gives access to what is stored, and `plan` says beforehand what it will take.
 
     Attributes:
         boundaries: ``"auto"``; the path of the module that holds the layers (``"encoder.layer"``, patterns allowed), or several;
@@ -137,6 +141,51 @@ class LayerToLayer(Pass):
     def uuid(self) -> str:
         """The same for all options: they decide where a graph is cut, not what its regions are compiled to."""
         return "layer_to_layer"
+
+    def plan(
+        self,
+        model: nn.Module,
+        /,
+        *args: Any,
+        optimizer: str = "adamw",
+        measure: bool = True,
+        bandwidth: float | tuple[float, float] | None = None,
+        flops: float | None = None,
+        **kwargs: Any,
+    ) -> Plan:
+        """Say what a training step takes with these options, before anything runs.
+
+        Peak bytes of the device, of the host and on disk; bytes that a step moves; how long that takes, and computing; and from
+        how many rows (tokens) per visit of a layer computing hides the transfer. The model is captured without memory for its
+        weights and without computing anything. It stays as it is, and may be on the meta device, transformed, or streamed.
+
+        Args:
+            model: what is to be trained. If it is transformed, its other passes are planned for as well.
+            args: positional arguments of one call; tensors may be on the meta device.
+            optimizer: ``"adamw"``, ``"sgd"``, ``"sgd_momentum"``, ``"tgadamw"`` and the other keys of
+                `graphopt.inspect.traffic.OPTIMIZERS`: what they keep for each parameter counts.
+            measure: time the store and a matrix product on this machine, in a second or two. A disk is measured in a temporary
+                folder beside ``store_path``, with a quarter of a GB.
+            bandwidth: bytes per second between store and device, or a pair from the store and to it; without ``measure``.
+            flops: operations per second of the device in the model's dtype; without ``measure``. Without it, or without
+                ``bandwidth``, the plan says nothing about time.
+            kwargs: keyword arguments of the same call. Those of ``forward`` that are called like one of the above are given by
+                position, or to `graphopt.inspect.plan.make_plan`, which takes the call as a tuple and a dict.
+
+        Returns:
+            A `graphopt.inspect.plan.Plan`: ``print`` it, or take ``to_dict()``.
+
+        Raises:
+            OptionError: an option has no meaning, layers are not streamed (``store="device"``), the arguments do not fit
+                ``forward``, or the device is not here to be measured.
+            StoreError: the disk cannot be written to, and so not be measured.
+            UnsupportedError: the model cannot be traced without values, or not be streamed.
+        """
+        from graphopt.inspect.plan import make_plan  # which imports the passes
+
+        return make_plan(
+            self, model, args, kwargs, optimizer=optimizer, measure=measure, bandwidth=bandwidth, flops=flops
+        )
 
     def run(self, graph: CapturedGraph) -> PassResult:
         """Insert the boundaries."""
