@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from graphopt import _compat
-from graphopt.capture import CapturedGraph
+from graphopt.capture import CapturedGraph, InputKind
 from graphopt.regions import BOUNDARY
 
 
@@ -100,19 +100,19 @@ def arrange(graph: CapturedGraph, segments: Sequence[Segment]) -> None:
 
 
 def _free_of_data(graph: CapturedGraph, operators: Iterable[Node]) -> set[Node]:
-    """Operators that read nothing but parameters, constants and sizes, and whose place in the order does not matter."""
+    """Operators that read nothing but the model's own tensors and sizes, and whose place in the order does not matter."""
     found: set[Node] = set()
-    samples = {
+    given = {
         node
         for node, described in zip(graph.placeholders, graph.inputs, strict=True)
-        if described.kind.value in ("samples", "between")
+        if described.kind in (InputKind.SAMPLES, InputKind.BETWEEN, InputKind.CONSTANT)
     }
     written = {argument for node in operators for argument in _written(node)}
     for node in operators:
         reads = node.all_input_nodes
         ordered = _is_ordered(node) or node in written or any(argument in written for argument in reads)
         if not ordered and all(
-            argument not in samples and (argument.op in ("placeholder", "get_attr") or argument in found)
+            argument not in given and (argument.op in ("placeholder", "get_attr") or argument in found)
             for argument in reads
         ):
             found.add(node)
