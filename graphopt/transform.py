@@ -159,6 +159,15 @@ def is_transformed(model: nn.Module) -> bool:
     return isinstance(data_parallel.unwrap(model).__dict__.get(_HANDLE), _Handle)
 
 
+def own_attributes(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
+    """The modules of a model, with names of what `transform` has put into each: a copy without it is as it was written."""
+    handle = model.__dict__.get(_HANDLE)
+    units = handle.units if isinstance(handle, _Handle) else []
+    for module in model.modules():
+        names = (_HANDLE,) if _HANDLE in vars(module) else ()
+        yield module, (*names, "forward") if any(module is unit for unit in units) else names
+
+
 def setup_of(model: nn.Module) -> Setup:
     """The options of a transformed model, or the default ones."""
     handle = data_parallel.unwrap(model).__dict__.get(_HANDLE)
@@ -401,7 +410,7 @@ class _Handle:
         self.dynamic = dynamic
         self.records: list[Record] = []
         self._model: nn.Module | None = None
-        self._units: list[nn.Module] = []
+        self.units: list[nn.Module] = []
         self.num_samples: int | None = None  # of the running call, if the model is compiled in parts
         self.stream: Stream | None = None
 
@@ -440,16 +449,16 @@ class _Handle:
                 bound = functools.partial(compiled, unit)
                 entry = _entry(unit, bound, self, is_unit=True, axis=setup.sample_axis, num_alike=len(units))
                 unit.__dict__["forward"] = entry
-                self._units.append(unit)
+                self.units.append(unit)
         model.__dict__[_HANDLE] = self
         model.__dict__["_compiled_call_impl"] = call
 
     def detach(self, model: nn.Module) -> None:
         """Take back what `attach` has done."""
         model.__dict__.pop("_compiled_call_impl", None)
-        for unit in self._units:
+        for unit in self.units:
             unit.__dict__.pop("forward", None)
-        self._units = []
+        self.units = []
         if self.stream is not None:
             stream, self.stream = self.stream, None
             stream.restore()

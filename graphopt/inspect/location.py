@@ -1,8 +1,12 @@
 """Where a node of a graph comes from, in the user's words: operator, module path, source line."""
 
 import re
+from pathlib import Path
 
 from torch.fx import Node
+
+
+_PACKAGE = str(Path(__file__).parents[1])
 
 
 def describe(node: Node) -> str:
@@ -27,8 +31,9 @@ def module_path(node: Node) -> str:
 
 
 def source_line(node: Node) -> str:
-    """``file:line: code`` of the user's innermost frame."""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)', node.stack_trace or "")
+    """``file:line: code`` of the user's innermost frame; nothing for what only modules of torch do."""
+    found = re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)', node.stack_trace or "")
+    frames = [frame for frame in found if not frame[0].startswith(_PACKAGE)]
     return f"{frames[-1][0]}:{frames[-1][1]}: {frames[-1][2].strip()}" if frames else ""
 
 

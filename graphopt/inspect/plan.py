@@ -1,7 +1,7 @@
 """What it will take to train a model layer by layer: memory, bytes moved, and time, before anything runs.
 
 `graphopt.passes.LayerToLayer.plan` makes a `Plan`, and so does the command ``graphopt plan``. The model is captured without
-memory and without computing anything (`graphopt.inspect.dry_run`), so one that fits on no machine can be planned: put it on the
+memory and without computing anything (`graphopt.dry_run`), so one that fits on no machine can be planned: put it on the
 meta device.
 """
 
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from graphopt.dry_run import dry_run
 from graphopt.errors import OptionError, UnsupportedError
-from graphopt.inspect.dry_run import capture
 from graphopt.inspect.machine import Machine, given, measured
 from graphopt.inspect.memory import Peak, StepMemory
 from graphopt.inspect.plan_text import lines, short
@@ -181,11 +181,18 @@ def make_plan(
     model = unwrap(model)
     setup = _setup(layer_to_layer, model, costs)
     wanted = options.device if options.device is not None and _is_here(options.device) else None
-    clone, captured = capture(
-        model, setup, args, kwargs, device=wanted, what="planned",
+    run = dry_run(
+        model,
+        args,
+        kwargs,
+        setup,
+        cannot="be planned without running it",
         instead="Let the forward pass take no decision by values, or run a step and read graphopt.stream(model).store.bytes_read",
-    )  # fmt: skip
-    found = next((parameter.device for parameter in clone.parameters()), torch.device("cpu"))
+        device=wanted,
+        beside=replace(setup, passes=(layer_to_layer,)) if len(setup.passes) > 1 else None,
+    )
+    captured = run.graphs
+    found = next((parameter.device for parameter in run.model.parameters()), torch.device("cpu"))
     options = replace(options, device=options.device or found)
     if any(graph.graph is None for graph in captured) or not captured:
         reasons = sorted({row.reason for graph in captured for row in graph.record.uncaptured})
@@ -196,7 +203,7 @@ def make_plan(
     graphs = [costs_of(graph, options.microbatch_size) for graph in captured]
     weights = [
         Weight(name, param.numel(), param.numel() * param.dtype.itemsize, param.dtype, param.requires_grad)
-        for name, param in clone.named_parameters()
+        for name, param in run.model.named_parameters()
     ]
     device = options.device or found
     machine = measured(options, device, _dtype(weights)) if measure else given(bandwidth, flops, options, device)

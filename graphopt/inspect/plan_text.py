@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from graphopt.inspect.timing import Timing
 
@@ -65,12 +65,12 @@ def _stages(plan: Plan) -> Iterator[str]:
     per = "FLOP" if plan.num_samples is None else "FLOP/sample"
     rows = [("stage", "", "weights", "kept for backward", per, "micro-batches")]
     reasons: dict[str, int] = {}
-    for (name, *_), group in groupby(plan.stages, key=_look):
+    for (name, whole, *_), group in groupby(plan.stages, key=_look):
         stage, *others = group
         count = f" x{1 + len(others)}" if others else ""
         parts = str(stage.num_parts)
-        if plan.options.microbatch_size is not None and stage.whole is not None:
-            parts = f"whole [{reasons.setdefault(stage.whole, len(reasons) + 1)}]"
+        if plan.options.microbatch_size is not None and whole is not None:
+            parts = f"whole [{reasons.setdefault(whole, len(reasons) + 1)}]"
         cells = (
             f"{short(stage.parameter_bytes)}B",
             f"{short(stage.kept_bytes)}B",
@@ -81,18 +81,21 @@ def _stages(plan: Plan) -> Iterator[str]:
     yield from (f"[{number}] {reason}" for reason, number in reasons.items())
 
 
-def _look(stage: StagePlan) -> tuple[object, ...]:
+def _look(stage: StagePlan) -> tuple[Any, ...]:
     """Equal for stages that stand in one row: those that differ by a number in their names."""
-    name = re.sub(r"(^|\.)\d+(?=\.|$| )", r"\1*", stage.name)
     return (
-        name,
+        _unnumbered(stage.name),
+        None if stage.whole is None else _unnumbered(stage.whole),
         stage.parameter_bytes,
         stage.trainable_bytes,
         stage.kept_bytes,
         stage.flops_per_sample,
         stage.num_parts,
-        stage.whole,
     )
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r"(^|\.)\d+(?=\.|$| )", r"\1*", name)
 
 
 def _memory(plan: Plan) -> Iterator[str]:

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import FunctionType
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from graphopt import _compat
-from graphopt.capture import NamedTensors, capture_settings, mark_samples
-from graphopt.errors import GraphoptError, UnsupportedError
+from graphopt.dry_run import dry_run
 from graphopt.pipeline import Coverage, Record, Status
 from graphopt.runtime import fully_sharded
-from graphopt.runtime.bound_graph import BoundGraph, UnboundGraph
 from graphopt.runtime.data_parallel import unwrap
 from graphopt.runtime.statistics import Statistic
-from graphopt.transform import Setup, records, restore, setup_of, with_own_code
+from graphopt.transform import Setup, records, setup_of
 
 _NOT_REACHED = "no captured graph computes a gradient for it"
 _WIDEST_REASON = 60
@@ -118,40 +111,23 @@ class Report:
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     """Say what the passes would do to ``model`` when it is called with these arguments.
 
-    Nothing is computed and no memory is taken: the model is copied with parameters that hold one number each, captured, and
-    its graphs return zeros. The model itself is not touched. A transformed model is explained with its own options, another
+    Nothing is computed and no memory is taken: a copy of the model that has none is captured, and its graphs return zeros. The
+    model itself is not touched, and may be on the meta device. A transformed model is explained with its own options, another
     one with the default passes. Parameters that cannot be served are rows with the reason, not errors.
 
     Raises:
+        OptionError: the arguments do not fit ``forward``.
         UnsupportedError: the model cannot be traced without values, for example because Python code depends on them.
     """
-    model = unwrap(model)
-    setup = _tolerant(setup_of(model))
-    clone = _without_memory(model)
-    found: list[Record] = []
-
-    def call(*values: Any, **keywords: Any) -> Any:
-        return clone._call_impl(*values, **keywords)
-
-    def collect(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        graph, record = setup.rewrite(graph_module, example_inputs, NamedTensors.of(clone))
-        found.append(record)
-        zeros = _zeros(graph_module)
-        return UnboundGraph(zeros) if graph is None else BoundGraph(graph, lambda: zeros)
-
-    mark_samples(clone.forward, args, kwargs, setup.sample_axis)
-    try:
-        with capture_settings():
-            torch.compile(with_own_code(cast(FunctionType, call)), backend=collect)(*args, **kwargs)
-    except (NotImplementedError, RuntimeError) as error:
-        inner = getattr(error, "inner_exception", error)
-        if isinstance(inner, GraphoptError):
-            raise inner from inner.__cause__
-        raise UnsupportedError(
-            f"{type(model).__name__} cannot be explained without running it ({type(inner).__name__}: "
-            f"{str(inner).splitlines()[0]}). Call the transformed model on a batch and print graphopt.Report.of(model) instead"
-        ) from error
-    return Report.of(clone, found)
+    run = dry_run(
+        unwrap(model),
+        args,
+        kwargs,
+        _tolerant(setup_of(model)),
+        cannot="be explained without running it",
+        instead="Call the transformed model on a batch and print graphopt.Report.of(model) instead",
+    )
+    return Report.of(run.model, [graph.record for graph in run.graphs])
 
 
 def _tolerant(setup: Setup) -> Setup:
@@ -161,34 +137,6 @@ def _tolerant(setup: Setup) -> Setup:
         for item in setup.passes
     )
     return dataclasses.replace(setup, passes=passes)
-
-
-def _without_memory(model: nn.Module) -> nn.Module:
-    """A copy whose parameters hold one number each; ties stay ties, buffers are shared."""
-    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    for parameter in model.parameters():
-        husk = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
-        memo[id(parameter)] = nn.Parameter(husk, parameter.requires_grad)
-    return restore(copy.deepcopy(model, memo))
-
-
-def _zeros(graph_module: GraphModule) -> Callable[..., Any]:
-    """A stand-in for the graph: outputs of the right shapes, one number each."""
-    (output,) = graph_module.graph.find_nodes(op="output")
-    fakes = torch.fx.map_arg(output.args[0], lambda node: node.meta["example_value"])
-
-    def zeros(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        shape = [_hint(size) for size in value.shape]
-        blank = torch.zeros((), dtype=value.dtype, device=value.device).expand(shape)
-        return blank.requires_grad_(value.requires_grad) if value.is_floating_point() else blank
-
-    return lambda *inputs: pytree.tree_map(zeros, fakes)
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    return _compat.size_hint(size.node.shape_env, size.node.expr) if isinstance(size, torch.SymInt) else size
 
 
 def _grouped(rows: Sequence[Coverage]) -> list[tuple[Coverage, int]]:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from graphopt import _compat
 from graphopt.annotations import SAMPLE_GRAD_NORM, SUM_GRAD_SQUARED
 from graphopt.capture import CapturedGraph, InputKind
-from graphopt.inspect.dry_run import Captured
+from graphopt.dry_run import DryGraph
 from graphopt.pipeline import Coverage
 from graphopt.regions import MicroBatches, Region, split
 from graphopt.runtime.streaming.micro_batches import Cut, Sizes, evaluate, expression_of, read_sizes
@@ -160,13 +160,13 @@ class GraphCosts:
         return [name for name in self.values if name not in used]
 
 
-def costs_of(captured: Captured, microbatch_size: int | None) -> GraphCosts:
+def costs_of(captured: DryGraph, microbatch_size: int | None) -> GraphCosts:
     """What the stages of a graph cost; the graph must have been rewritten by `graphopt.passes.LayerToLayer`."""
     graph = cast(CapturedGraph, captured.graph)
     regions = split(graph)
     prepared, _ = prepare(graph, regions, dict.fromkeys((region.structure for region in regions), _never_run))
-    cut = _cut(graph, captured.values, microbatch_size)
-    num_samples = _num_samples(graph, captured.values)
+    cut = _cut(graph, captured.inputs, microbatch_size)
+    num_samples = _num_samples(graph, captured.inputs)
     differentiable = differentiable_names(graph)
     rows = frozenset() if graph.micro_batches is None else frozenset(graph.micro_batches.rows)
     values: dict[str, Between] = {}
@@ -243,20 +243,20 @@ def _work_of_all(graph: CapturedGraph, regions: Sequence[Region], stages: Sequen
 
 
 def _flops(
-    captured: Captured, work: Sequence[Work], stages: Sequence[Stage], microbatch_size: int | None
+    captured: DryGraph, work: Sequence[Work], stages: Sequence[Stage], microbatch_size: int | None
 ) -> list[tuple[int, int]]:
     """Forward and backward operations of each stage for the whole batch, as the model itself has them.
 
     Operators that a pass has put in count for nothing, so they are counted in the graph without them.
     """
-    names, graph = [stage.layer for stage in stages], cast(CapturedGraph, captured.plain)
+    names, graph = [stage.layer for stage in stages], captured.beside or cast(CapturedGraph, captured.graph)
     if graph is not captured.graph:
         regions = split(graph)
         prepared, _ = prepare(graph, regions, dict.fromkeys((region.structure for region in regions), _never_run))
         if [stage.layer for stage in prepared] == names:
             stages = prepared
-            work = _work_of_all(graph, regions, prepared, _cut(graph, captured.values, microbatch_size))
-    cut = _cut(graph, captured.values, microbatch_size)
+            work = _work_of_all(graph, regions, prepared, _cut(graph, captured.inputs, microbatch_size))
+    cut = _cut(graph, captured.inputs, microbatch_size)
     shares = [
         1.0 if cut.bounds is None or stage.is_whole else cut.bounds[-1][1] / (cut.bounds[0][1] - cut.bounds[0][0])
         for stage in stages

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from graphopt import _compat
 from graphopt.capture import CapturedGraph, Input, InputKind
 from graphopt.compilation import compile_graph
+from graphopt.dry_run import DryGraph, dry_run
 from graphopt.errors import OptionError, UnsupportedError
 from graphopt.passes import LayerToLayer
 from graphopt.passes.layer_to_layer.layers import Boundaries, find_layers, parameters_of
@@ -27,7 +28,6 @@ from graphopt.passes.layer_to_layer.sizes import bytes_of, fit_for_streaming
 from graphopt.passes.layer_to_layer.writes import without_shared_writes
 from graphopt.regions import BOUNDARY, find_differentiable, origins, stages_of
 from graphopt.runtime.bound_graph import BoundGraph
-from graphopt.runtime.layer_modules import Trial, TrialGraph, try_call
 from graphopt.runtime.stage_module import (
     Argument,
     Computed,
@@ -67,10 +67,22 @@ class PipelineCut:
     ) -> None:
         self._model, self._device, self._name = model, device, type(model).__name__
         self._setup, boundaries = _without_layer_to_layer(setup, boundaries)
-        trial = try_call(model, args, kwargs, self._setup, is_whole=True, device=device)
-        if not trial.graphs:
+        run = dry_run(
+            model,
+            args,
+            kwargs,
+            self._setup,
+            cannot="be captured in one graph",
+            instead="Remove what breaks the graph (TORCH_LOGS=graph_breaks shows where it is)",
+            is_whole=True,
+            device=device,
+        )
+        if not run.graphs:
             raise UnsupportedError(f"{self._name} computes nothing that could be cut into stages")
-        captured = trial.graphs[-1]
+        captured = run.graphs[-1]
+        if captured.graph is None:
+            reasons = sorted({row.reason for row in captured.record.uncaptured}) or ["it has no form in ATen"]
+            raise UnsupportedError(f"{self._name} cannot be captured: {'; '.join(reasons)}")
         self.graph = captured.graph.copy()
         found = fit_for_streaming(self.graph, find_layers(self.graph, boundaries))
         found = without_shared_writes(self.graph, found)
@@ -82,17 +94,17 @@ class PipelineCut:
             )
         self.groups = _balanced(self.graph, found, num_stages)
         arrange(self.graph, found)
-        arguments = flat_arguments(trial.arguments)
+        arguments = flat_arguments(run.arguments)
         self._examples = {
             path: torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
             for path, value in arguments.items()
         }
-        self._sources = _sources_of(self.graph, captured, trial.model, arguments)
+        self._sources = _sources_of(self.graph, captured, run.model, arguments)
         self._origin = origins(self.graph.graph_module.graph)
         self._differentiable = find_differentiable(self.graph)
         self._nodes = list(_by_stage(self.graph, self.groups))
         self._home = {node: stage for stage, nodes in enumerate(self._nodes) for node in nodes}
-        returned = self._returned(captured, trial)
+        returned = self._returned(captured, run.result)
         self._producer, last_use = self._lives(returned)
         self._meaning = _meanings(self.graph, self._origin)
         # By what they mean, since passes need not insert their nodes in the same order in every process.
@@ -144,16 +156,16 @@ class PipelineCut:
         )
         return StageModule(layout, bound, names, _non_persistent(self._model))
 
-    def _returned(self, captured: TrialGraph, trial: Trial) -> list[Node]:
+    def _returned(self, captured: DryGraph, result: Any) -> list[Node]:
         """The nodes of the tensors in what the model returns."""
         outputs = dict(zip(map(id, captured.outputs), self.graph.output_nodes, strict=True))
         inputs = dict(zip(map(id, captured.inputs), self.graph.placeholders, strict=False))
-        tensors = [value for value in pytree.tree_leaves(trial.result) if isinstance(value, Tensor)]
+        tensors = [value for value in pytree.tree_leaves(result) if isinstance(value, Tensor)]
         nodes = [outputs.get(id(value), inputs.get(id(value))) for value in tensors]
         if not nodes or not all(isinstance(node, Node) for node in nodes):
             what = "no tensor" if not nodes else "a tensor that is not computed in its graph"
             raise UnsupportedError(
-                f"{self._name} returns a {type(trial.result).__name__} with {what} in it, and the last stage has nothing else to "
+                f"{self._name} returns a {type(result).__name__} with {what} in it, and the last stage has nothing else to "
                 "return. Let forward return a tensor that it computes, or a tuple of them"
             )
         return [self._origin[node] for node in nodes if isinstance(node, Node)]
@@ -390,7 +402,7 @@ def _meanings(graph: CapturedGraph, origin: Mapping[Node, Node]) -> dict[Node, s
 
 
 def _sources_of(
-    graph: CapturedGraph, captured: TrialGraph, model: nn.Module, arguments: Mapping[str, Any]
+    graph: CapturedGraph, captured: DryGraph, model: nn.Module, arguments: Mapping[str, Any]
 ) -> dict[Node, Source]:
     """Where the inputs of the whole graph come from; those that passes have added are bound by the runtime.
 

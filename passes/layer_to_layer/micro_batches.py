@@ -8,9 +8,9 @@ depends on the size of the batch, the layer runs on the whole batch, and the rep
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import sympy
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from graphopt.aliasing import root_of, written_arguments
 from graphopt.capture import CapturedGraph
 from graphopt.errors import SampleAxisError
 from graphopt.inspect.location import describe
@@ -57,11 +58,13 @@ class Samples:
         layouts: of every node.
         symbols: the sizes that count samples.
         problem: why nothing is known; then no layer is split.
+        names: of the graph's inputs.
     """
 
     layouts: Layouts = field(default_factory=dict)
     symbols: frozenset[sympy.Symbol] = frozenset()
     problem: str | None = None
+    names: Mapping[Node, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, graph: CapturedGraph) -> Samples:
@@ -72,18 +75,18 @@ class Samples:
             return cls(problem=str(error))
         nums = {layout.num for node in graph.placeholders if isinstance(layout := layouts[node], SampleAxis)}
         symbols = frozenset(symbol for num in nums for symbol in num.free_symbols)
-        return cls(layouts, symbols, None if symbols else _ONE_SIZE)
+        names = {node: described.name for node, described in zip(graph.placeholders, graph.inputs, strict=True)}
+        return cls(layouts, symbols, None if symbols else _ONE_SIZE, names)
 
     def why_whole(self, node: Node) -> str | None:
         """Why an operator needs all samples at once; ``None`` if it does not."""
         if node.target is operator.getitem or not isinstance(node.target, torch._ops.OpOverload):
             return None
-        name = functional_name(node)
-        position, argument = _BATCH_STATISTICS.get(name, (0, ""))
-        if name in _BATCH_STATISTICS and argument_of(node, position, argument, True):
+        if _takes_statistics(node):
             return f"{describe(node)} takes statistics of the batch"
-        if node.target._schema.is_mutable and _root(node).op == "placeholder":
-            return f"{describe(node)} updates {_root(node).name}"
+        changed = [root for argument in written_arguments(node) if (root := root_of(argument)) in self.names]
+        if changed:
+            return f"{describe(node)} updates {self.names[changed[0]]}"
         if self._reads_batch_size(node):
             return f"{describe(node)} computes with the number of samples"
         random = torch.Tag.nondeterministic_seeded in node.target.tags
@@ -148,7 +151,8 @@ def plan_micro_batches(graph: CapturedGraph, segments: Sequence[Segment], sample
         own = set(segment.nodes)
         entering = {a for node in segment.nodes for a in node.all_input_nodes if a not in own}
         lost = next((a for a in entering if isinstance(samples.layouts.get(a), Lost)), None)
-        why = next((reason for node in segment.nodes if (reason := samples.why_whole(node))), None)
+        telling = sorted(segment.nodes, key=lambda node: not _takes_statistics(node))
+        why = next((reason for node in telling if (reason := samples.why_whole(node))), None)
         if why is None and lost is not None:
             why = f"{lost.name}, which enters it, has no axis for the samples"
         if why is not None:
@@ -173,15 +177,13 @@ def split_tail(segments: Sequence[Segment], samples: Samples) -> list[Segment]:
     return [*front, Segment(last.name, head, last.layer, last.container), Segment(f"samples meet {last.name}", tail)]
 
 
+def _takes_statistics(node: Node) -> bool:
+    """Whether an operator normalises by statistics of the batch."""
+    name = functional_name(node) if isinstance(node.target, torch._ops.OpOverload) else ""
+    return name in _BATCH_STATISTICS and bool(argument_of(node, *_BATCH_STATISTICS[name], True))
+
+
 def _is_index(node: Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     return node.target.overloadpacket.__name__.removesuffix("_") in _INDEXED_BY_NUMBER
-
-
-def _root(node: Node) -> Node:
-    """What an operator that writes in place writes to, behind all views."""
-    target = cast(Any, node.args[0])
-    while target.op == "call_function" and isinstance(target.target, torch._ops.OpOverload) and target.target.is_view:
-        target = target.args[0]
-    return cast(Node, target)

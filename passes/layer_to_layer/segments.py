@@ -15,9 +15,9 @@ from typing import cast
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
-from torch.utils import _pytree as pytree
 
 from graphopt import _compat
+from graphopt.aliasing import written_arguments
 from graphopt.capture import CapturedGraph, InputKind
 from graphopt.regions import BOUNDARY
 
@@ -107,7 +107,7 @@ def _free_of_data(graph: CapturedGraph, operators: Iterable[Node]) -> set[Node]:
         for node, described in zip(graph.placeholders, graph.inputs, strict=True)
         if described.kind in (InputKind.SAMPLES, InputKind.BETWEEN, InputKind.CONSTANT)
     }
-    written = {argument for node in operators for argument in _written(node)}
+    written = {argument for node in operators for argument in written_arguments(node)}
     for node in operators:
         reads = node.all_input_nodes
         ordered = _is_ordered(node) or node in written or any(argument in written for argument in reads)
@@ -124,16 +124,6 @@ def _is_ordered(node: Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
-
-
-def _written(node: Node) -> list[Node]:
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-        return []
-    found: list[Node] = []
-    for argument, declared in zip(node.args, node.target._schema.arguments, strict=False):
-        if declared.alias_info is not None and declared.alias_info.is_write:
-            found += [leaf for leaf in pytree.tree_leaves(argument) if isinstance(leaf, Node)]
-    return found
 
 
 def _runs(operators: Sequence[Node], layer_of: Callable[[Node], Layer | None]) -> list[Segment]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch.fx import Node
 
+from graphopt.aliasing import is_view, root_of, written_arguments
 from graphopt.capture import CapturedGraph
 from graphopt.passes.layer_to_layer.segments import Segment, merged
 
@@ -40,23 +41,15 @@ def without_shared_writes(graph: CapturedGraph, segments: Sequence[Segment]) -> 
 
 def _written_root(node: Node) -> Node | None:
     """The value that an operator writes to, behind all views; ``None`` if it writes to an input or to nothing."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable or not node.args:
-        return None
-    target = cast(Any, node.args[0])
-    while isinstance(target, Node) and target.op == "call_function" and _is_view(target):
-        target = target.args[0]
-    return target if isinstance(target, Node) and target.op == "call_function" else None
-
-
-def _is_view(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+    roots = [root_of(argument) for argument in written_arguments(node)]
+    return next((root for root in roots if root.op == "call_function"), None)
 
 
 def _returns_instead(graph: CapturedGraph, node: Node, root: Node, segment: Segment) -> bool:
     """Replace ``x.relu_()`` by ``relu(x)`` for all that read x afterwards; not if views of x could see the difference."""
     target = cast(torch._ops.OpOverload, node.target)
     functional = getattr(torch.ops.aten, target.overloadpacket.__name__.removesuffix("_"), None)
-    if node.args[0] is not root or any(_is_view(user) for user in root.users) or functional is None:
+    if node.args[0] is not root or any(is_view(user) for user in root.users) or functional is None:
         return False
     overload = getattr(functional, target._overloadname, None)
     if overload is None or overload._schema.is_mutable:

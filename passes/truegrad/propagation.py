@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from graphopt.aliasing import is_view, written_arguments
 from graphopt.capture import CapturedGraph, InputKind
 from graphopt.errors import SampleAxisError
 from graphopt.inspect.location import describe
@@ -39,7 +40,9 @@ BETWEEN_GRAPHS = (
     "shows it), or, if the batch's samples lie on one axis of all such tensors, in their order, say which: "
     "options={{'sample_axis_between_graphs': 0}}"
 )
-_CREATIONS = frozenset("new_zeros new_ones new_empty new_full new_empty_strided".split())
+_CREATIONS = frozenset(
+    "new_zeros new_ones new_empty new_full new_empty_strided _new_zeros_with_same_feature_meta".split()
+)
 
 
 def find_sample_axes(graph: CapturedGraph) -> Layouts:
@@ -137,13 +140,14 @@ class _Propagation:
 
     def _written(self, node: Node, result: Layout) -> None:
         """An operator writes in place: what it wrote to, and every view of it, now holds samples."""
-        target: Any = node.args[0] if node.args else None
-        if isinstance(result, Free) or not isinstance(target, Node):
+        if isinstance(result, Free):
             return
-        while target is not None:
-            if isinstance(self.layout(target), Free):
-                self.layouts[target] = Lost(node, "samples are written into a tensor that has no axis for them")
-            target = target.args[0] if target.op == "call_function" and _is_view(target) else None
+        for argument in written_arguments(node):
+            target: Any = argument
+            while target is not None:
+                if isinstance(self.layout(target), Free):
+                    self.layouts[target] = Lost(node, "samples are written into a tensor that has no axis for them")
+                target = target.args[0] if target.op == "call_function" and is_view(target) else None
 
     def _fresh(self, node: Node, value: Tensor) -> Layout:
         """A value that no sample enters may still have rows for them: ``x.new_zeros(batch)``, ``token.expand(batch, 1, d)``."""
@@ -191,14 +195,10 @@ def _writes(node: Node) -> bool:
     return bool(cast(Any, node.target)._schema.is_mutable)
 
 
-def _is_view(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
-
-
 def _is_written_to(node: Node) -> bool:
     """Whether an operator writes in place into a value, or into a view of it."""
     users = [user for user in node.users if isinstance(user.target, torch._ops.OpOverload)]
-    return any((_writes(user) and user.args[0] is node) or (_is_view(user) and _is_written_to(user)) for user in users)
+    return any(node in written_arguments(user) or (is_view(user) and _is_written_to(user)) for user in users)
 
 
 def _is_tensor(node: Node) -> bool:

@@ -325,6 +325,10 @@ class Run:
 
 def _own(value: Any, lent: set[int]) -> Any:
     """A value that may stay when the buffers of its stage are used again: parameters may be returned as views."""
+    if isinstance(value, Tensor) and value._is_zerotensor():
+        return torch.zeros(
+            value.shape, dtype=value.dtype, device=value.device
+        )  # those have no memory to be kept or stored
     if isinstance(value, Tensor) and value.numel() and value.untyped_storage().data_ptr() in lent:
         return value.clone()
     return value

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from graphopt.aliasing import root_of, written_arguments
 from graphopt.annotations import Key
 from graphopt.capture import CapturedGraph, InputKind
 from graphopt.regions import Region, find_differentiable, held, origins
@@ -174,25 +175,14 @@ def _written_inputs(graph: CapturedGraph, origin: Mapping[Node, Node]) -> set[No
     for node in graph.graph_module.graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
-        targets: list[Any] = []
+        targets: list[Any] = written_arguments(node)
         if node.target in _WRITES_STATISTICS:
             first, count, switch = _WRITES_STATISTICS[node.target]
             if node.args[switch]:
-                targets = list(node.args[first : first + count])
-        for argument, declared in zip(node.args, node.target._schema.arguments, strict=False):
-            if declared.alias_info is not None and declared.alias_info.is_write:
-                targets.append(argument)
-        for target in targets:
-            root = target
-            while isinstance(root, Node) and root.op == "call_function" and _is_view(root):
-                root = root.args[0]
-            if isinstance(root, Node) and origin[root].op == "placeholder":
-                found.add(origin[root])
+                targets += node.args[first : first + count]
+        roots = [origin[root_of(target)] for target in targets if isinstance(target, Node)]
+        found.update(root for root in roots if root.op == "placeholder")
     return found
-
-
-def _is_view(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
 
 
 def _draws(node: Node) -> bool:

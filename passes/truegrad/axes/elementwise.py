@@ -10,7 +10,7 @@ from graphopt.passes.truegrad.sample_axis import Known, Layout, Lost, SampleAxis
 _ELEMENTWISE = (
     "absolute arccos arccosh arcsin arcsinh arctan arctan2 arctanh bucketize complex conj _conj divide exponential fill fix "
     "floor_divide greater greater_equal hardswish imag isclose isin isreal less less_equal lift lift_fresh log_sigmoid "
-    "multiply negative not_equal poisson polar random real resolve_conj resolve_neg rrelu_with_noise subtract "
+    "multiply negative not_equal poisson polar _prelu_kernel random real resolve_conj resolve_neg rrelu_with_noise subtract "
     "uniform zero broadcast_tensors special_digamma special_erf special_erfc special_erfinv special_exp2 special_expit "
     "special_expm1 special_gammainc special_gammaincc special_gammaln special_i0 special_log1p special_logit special_ndtr "
     "special_polygamma special_psi special_round special_sinc special_xlogy"
