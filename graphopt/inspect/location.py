@@ -5,7 +5,6 @@ from pathlib import Path
 
 from torch.fx import Node
 
-
 _PACKAGE = str(Path(__file__).parents[1])
 
 

@@ -12,7 +12,6 @@ from graphopt.inspect.timing import Timing
 if TYPE_CHECKING:
     from graphopt.inspect.plan import Plan, StagePlan
 
-_WIDEST_REASON = 60
 _KINDS: Mapping[str, str] = {
     "weights": "weights",
     "stash": "values between layers",
