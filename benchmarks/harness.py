@@ -6,7 +6,8 @@ that the others are divided by. Two ways to measure:
 ``steps``   every rival's process is started, checked and warmed up; then, round by round, each executes one timed block
             when its turn comes (A B C A B C ...), so that the machine's noise meets all alike. Figures are medians of
             the ratios within a round.
-``starts``  a fresh process per measurement, first with an empty compile cache, then with the one that it filled.
+``starts``  a fresh process per measurement, first with an empty compile cache, then, unless the case wants only that, with
+            the one that it filled.
 ``lives``   a fresh process per measurement, alone on the machine, from its start through a few steps to its end: for memory
             over a whole life, and for whatever else its metrics tell. What the table shows is chosen by the case.
 """
@@ -18,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +77,9 @@ class Case:
         columns: Of the table of ``lives``: quantities and metrics, each with its heading. ``*_bytes`` and ``*_seconds`` are
             written as such, and with the ratio to the baseline where they are quantities.
         checked: What the rivals' checks look at; the heading of the column with their verdicts.
+        caches: The states of the compile caches that ``starts`` measures, ``"cold"`` first.
+        shares_caches: The processes of all such cases of one run share their compile caches, which saves minutes where
+            several cases compile the same; a first step then tells nothing.
     """
 
     name: str
@@ -87,6 +91,8 @@ class Case:
     steps: int = 4
     columns: Mapping[str, str] = field(default_factory=dict)
     checked: str = "statistic"
+    caches: Sequence[Literal["cold", "warm"]] = ("cold", "warm")
+    shares_caches: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +132,7 @@ class Settings:
         limit_seconds: A rival that takes longer to answer has failed.
         check: Whether the rivals' numbers are checked first.
         quick: Whether the cases are in their quick form.
+        caches: A folder for the compile caches of cases that share them.
     """
 
     rounds: int = 15
@@ -136,10 +143,20 @@ class Settings:
     limit_seconds: float = 900.0
     check: bool = True
     quick: bool = False
+    caches: Path | None = None
 
 
-def run_case(case: Case, settings: Settings) -> dict[str, Any]:
-    """Measure a case; a rival that fails is part of the result, with its error."""
+Keep = Callable[[dict[str, Any]], object]
+
+
+def run_case(case: Case, settings: Settings, *, keep: Keep | None = None) -> dict[str, Any]:
+    """Measure a case; a rival that fails is part of the result, with its error.
+
+    Args:
+        case: What to measure.
+        settings: How.
+        keep: Called with the record, marked as unfinished, after each process of ``starts`` and ``lives``.
+    """
     say(f"{case.name}: {case.title}")
     record: dict[str, Any] = {
         "title": case.title,
@@ -147,12 +164,26 @@ def run_case(case: Case, settings: Settings) -> dict[str, Any]:
         "baseline": case.baseline,
         "columns": dict(case.columns),
         "checked": case.checked,
-        "settings": vars(settings),
+        "shares_caches": case.shares_caches,
+        "settings": {**vars(settings), "caches": str(settings.caches or "")},
+        "rivals": {rival.name: _new_record(rival) for rival in case.rivals},
         **machine.moment(),
     }
+
+    def keep_part() -> None:
+        if keep is not None:
+            figures.add_figures(record["rivals"], case.baseline)
+            keep({**record, "unfinished": True})
+
     with tempfile.TemporaryDirectory(prefix="graphopt-bench-") as folder:
-        measure = {"steps": _measure_steps, "starts": _measure_starts, "lives": _measure_lives}[case.measure]
-        record["rivals"] = measure(case, settings, Path(folder))
+        if case.shares_caches:
+            settings = replace(settings, caches=settings.caches or Path(folder, "shared"))
+        if case.measure == "steps":
+            _measure_steps(case, settings, Path(folder), record["rivals"])
+        elif case.measure == "starts":
+            _measure_starts(case, settings, Path(folder), record["rivals"], keep_part)
+        else:
+            _measure_lives(case, settings, Path(folder), record["rivals"], keep_part)
     figures.add_figures(record["rivals"], case.baseline)
     return record
 
@@ -175,8 +206,8 @@ class _Entrant:
     steps: int = 1
 
 
-def _measure_steps(case: Case, settings: Settings, folder: Path) -> dict[str, Any]:
-    entrants = [_Entrant(rival, _new_record(rival)) for rival in case.rivals]
+def _measure_steps(case: Case, settings: Settings, folder: Path, records: dict[str, Any]) -> None:
+    entrants = [_Entrant(rival, records[rival.name]) for rival in case.rivals]
     with ExitStack() as stack:
         for number, entrant in enumerate(entrants):
             with _failures_recorded(entrant.record):
@@ -190,7 +221,6 @@ def _measure_steps(case: Case, settings: Settings, folder: Path) -> dict[str, An
             if entrant.process is not None and entrant.record["status"] == "ok":
                 with _failures_recorded(entrant.record):
                     entrant.record |= entrant.process.ask("describe", limit=settings.limit_seconds)
-    return {entrant.rival.name: entrant.record for entrant in entrants}
 
 
 def _prepare(entrant: _Entrant, settings: Settings, folder: Path, stack: ExitStack) -> None:
@@ -234,13 +264,14 @@ def _take_turn(entrant: _Entrant, settings: Settings) -> None:
 # --- starts -----------------------------------------------------------------------------------------------------------
 
 
-def _measure_starts(case: Case, settings: Settings, folder: Path) -> dict[str, Any]:
-    records = {rival.name: _new_record(rival) for rival in case.rivals}
+def _measure_starts(
+    case: Case, settings: Settings, folder: Path, records: dict[str, Any], keep_part: Callable[[], None]
+) -> None:
     if settings.rounds:
         with _failures_recorded({}):  # read torch's files from the disk once, before anything is timed
             _one_start(case.rivals[0], settings, folder / "first", {})
     for number in tqdm(range(settings.rounds), desc=case.name, disable=None):
-        for state in ("cold", "warm"):
+        for state in case.caches:
             for index, rival in enumerate(case.rivals):
                 record = records[rival.name]
                 if record["status"] == "ok":
@@ -250,7 +281,7 @@ def _measure_starts(case: Case, settings: Settings, folder: Path) -> dict[str, A
                         for quantity, value in start.items():
                             record["samples"].setdefault(f"{state}_{quantity}", []).append(value)
                         say(f"  {rival.label}, {state}: first step {start['first_step_seconds']:.1f} s")
-    return records
+                keep_part()
 
 
 def _one_start(rival: Rival, settings: Settings, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -278,8 +309,9 @@ def _one_start(rival: Rival, settings: Settings, folder: Path, record: dict[str,
 # --- lives ------------------------------------------------------------------------------------------------------------
 
 
-def _measure_lives(case: Case, settings: Settings, folder: Path) -> dict[str, Any]:
-    records = {rival.name: _new_record(rival) for rival in case.rivals}
+def _measure_lives(
+    case: Case, settings: Settings, folder: Path, records: dict[str, Any], keep_part: Callable[[], None]
+) -> None:
     for number in range(settings.rounds):
         for index, rival in enumerate(case.rivals):
             record = records[rival.name]
@@ -291,7 +323,7 @@ def _measure_lives(case: Case, settings: Settings, folder: Path) -> dict[str, An
                     say(
                         f"  {rival.label}: peak {life['peak_bytes'] / 2**20:.0f} MiB, last step {life['seconds']:.2f} s"
                     )
-    return records
+            keep_part()
 
 
 def _one_life(case: Case, rival: Rival, settings: Settings, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -329,12 +361,13 @@ def _new_record(rival: Rival) -> dict[str, Any]:
 
 
 def _start(rival: Rival, settings: Settings, folder: Path, record: dict[str, Any]) -> WorkerProcess:
-    """Start the rival's process; its compile caches and its log live in ``folder``."""
+    """Start the rival's process; its log lives in ``folder``, and its compile caches do unless the settings name another."""
     found = environment(rival.environment)
     if found.errors:
         record["environment_errors"] = found.errors
     folder.mkdir(parents=True, exist_ok=True)
-    variables = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
+    caches = settings.caches or folder
+    variables = {"TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")}
     if settings.threads is not None:
         variables |= {"OMP_NUM_THREADS": str(settings.threads), "MKL_NUM_THREADS": str(settings.threads)}
     command = rival.command or (str(found.python), "-m", "benchmarks.worker")

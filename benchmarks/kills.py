@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
-from benchmarks.harness import Benchmark, Case, Rival, Settings, run_case, say
+from benchmarks import results, run
+from benchmarks.harness import Benchmark, Case, Rival, Settings
 from benchmarks.tables import case_table
 from benchmarks.worker import Task
 
@@ -81,11 +81,11 @@ def train(folder: Path, *, eager: bool, steps: int, report: int | None) -> None:
         data = torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(step))
         say("forward", step)
         loss = nn.functional.mse_loss(model(data), data.sum(1, keepdim=True))
-        say("backward", step)
+        say("backward", step, loss.item().hex())
         loss.backward()
         say("update", step)
         updates.step()
-        say("end", step, loss.item().hex())
+        say("end", step)
         updates.zero_grad()
     stream.close()
 
@@ -126,7 +126,7 @@ class Killing:
         if child.status:
             raise RuntimeError(f"the uninterrupted run ended with status {child.status}: {child.error}")
         ends = [moment for moment, (word, _, _) in child.words if word == "end"]
-        self.wanted = [loss for _, (word, _, loss) in child.words if word == "end"]
+        self.wanted = [loss for _, (word, _, loss) in child.words if word == "backward"]
         self._seconds_to_first = ends[0]
         self._seconds_of_step = (ends[-1] - ends[0]) / (len(ends) - 1)
         shutil.rmtree(self.folder / "whole")
@@ -190,6 +190,7 @@ class Killing:
                 self.begun = max(self.begun, step + 1)
             elif word == "end":
                 self.finished = step + 1
+            elif word == "backward":
                 self.counts["steps_compared"] += 1
                 if loss != self.wanted[step]:
                     self.problems.append(f"the loss of step {step} is {loss} and was {self.wanted[step]}")
@@ -392,11 +393,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     (case,) = cases(options.quick, options.kills)
-    record = run_case(case, Settings(rounds=1, threads=1, quick=options.quick))
     folder = options.output or (results.SCRATCH_FOLDER if options.quick else results.FOLDER)
-    path = results.store(folder, BENCHMARK.name, {case.name: record})
+    settings = Settings(rounds=1, threads=1, quick=options.quick)
+    record = run.measure_and_store(BENCHMARK.name, case, settings, folder)
     print(f"{case_table(case.name, record)}\n{conclusions({case.name: record})}")
-    say(f"written to {path}")
     found = [rival.get("metrics", {}).get("num_problems") for rival in record["rivals"].values()]
     return 0 if found == [0] * len(found) else 1
 

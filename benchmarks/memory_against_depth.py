@@ -13,10 +13,10 @@ from benchmarks.tables import MISSING, table
 from benchmarks.worker import Task
 
 DEPTHS, QUICK_DEPTHS = (8, 16, 32, 64), (2, 4)
-SIZES = {"kind": "llama", "hidden": 768, "intermediate": 2048, "heads": 12, "batch": 2, "length": 128}
+SIZES = {"kind": "llama", "hidden": 640, "intermediate": 1792, "heads": 10, "batch": 1, "length": 128}
 SMALL = {"kind": "llama", "hidden": 32, "intermediate": 48, "heads": 2, "vocabulary": 50, "batch": 2, "length": 8}
 LEARNING_RATE = 1e-5
-STEPS = 4
+STEPS = 3
 MOST = 1.1  # the target: the deepest against the shallowest
 MEBIBYTE = 2**20
 

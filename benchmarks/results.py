@@ -20,7 +20,9 @@ def store(folder: Path, benchmark: str, cases: dict[str, Any]) -> Path:
     kept = json.loads(path.read_text())["cases"] if path.exists() else {}
     content = {"format": FORMAT, "benchmark": benchmark, "machine": description, "cases": {**kept, **cases}}
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)  # at once: whoever interrupts the run leaves a whole file
     return path
 
 

@@ -8,16 +8,19 @@ import pkgutil
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import benchmarks
 from benchmarks import results
 from benchmarks.harness import Benchmark, Case, Settings, run_case, say
 from benchmarks.tables import case_table
 
-QUICK = {"rounds": 2, "block_seconds": 0.0, "warm_up_steps": 2}
+QUICK = {"block_seconds": 0.0, "warm_up_steps": 2}
+QUICK_ROUNDS = {"steps": 2, "starts": 1, "lives": 1}
 DEFAULT_ROUNDS = {"steps": Settings.rounds, "starts": 3, "lives": 1}  # a fresh process takes a minute or more
 
 
@@ -35,15 +38,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     partial = settings.quick or options.rivals is not None
     folder = options.output or (results.SCRATCH_FOLDER if partial else results.FOLDER)
     baselines_ran = True
-    for case in cases:
-        given = options.rounds is not None or settings.quick
-        rounds = settings.rounds if given else case.rounds or DEFAULT_ROUNDS[case.measure]
-        record = run_case(case, replace(settings, rounds=rounds))
-        baselines_ran &= record["rivals"].get(case.baseline, {}).get("status") == "ok"
-        path = results.store(folder, benchmark.name, {case.name: record})  # case by case: a long run may be interrupted
-        print(case_table(case.name, record))
-        say(f"written to {path}")
+    with tempfile.TemporaryDirectory(prefix="graphopt-bench-caches-") as caches:
+        for case in cases:
+            rounds = QUICK_ROUNDS[case.measure] if settings.quick else case.rounds or DEFAULT_ROUNDS[case.measure]
+            chosen = replace(settings, rounds=rounds if options.rounds is None else options.rounds)
+            chosen = replace(chosen, caches=Path(caches) if case.shares_caches else None)
+            record = measure_and_store(benchmark.name, case, chosen, folder)
+            baselines_ran &= record["rivals"].get(case.baseline, {}).get("status") == "ok"
+            print(case_table(case.name, record), flush=True)
     return 0 if baselines_ran else 1
+
+
+def measure_and_store(benchmark: str, case: Case, settings: Settings, folder: Path) -> dict[str, Any]:
+    """Measure a case and write it to the result file; what a run that is interrupted has measured is there, too."""
+
+    def keep(record: dict[str, Any]) -> Path:
+        return results.store(folder, benchmark, {case.name: record})
+
+    record = run_case(case, settings, keep=keep)
+    say(f"written to {keep(record)}")
+    return record
 
 
 def find(name: str) -> Benchmark:
@@ -87,8 +101,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     settings = Settings(threads=options.threads, check=not options.no_check, quick=options.quick)
     if options.quick:
         settings = replace(settings, **QUICK)
-    given = {"rounds": options.rounds, "block_seconds": options.block_seconds}
-    return replace(settings, **{name: value for name, value in given.items() if value is not None})
+    return settings if options.block_seconds is None else replace(settings, block_seconds=options.block_seconds)
 
 
 def _chosen(cases: tuple[Case, ...], wanted: list[str] | None, rivals: list[str] | None) -> list[Case]:

@@ -25,8 +25,10 @@ def case_table(name: str, record: Record) -> str:
         commit,
         f"load average {record['load_average'][0]} before the start",
     )
-    quick = " **Quick form: the figures mean nothing.**" if settings["quick"] else ""
-    foot = f"*{name}: {', '.join(facts)}.*{quick}"
+    remark = " **Quick form: the figures mean nothing.**" if settings["quick"] else ""
+    if record.get("unfinished"):
+        remark += " **The run was interrupted: rivals or rounds are missing.**"
+    foot = f"*{name}: {', '.join(facts)}.*{remark}"
     return "\n\n".join(part for part in (f"**{record['title']}**", content, _notes(record), foot) if part) + "\n"
 
 
@@ -74,7 +76,7 @@ def _steps_table(record: Record) -> str:
                 _ratio(rival, "peak_bytes"),
                 _mebibytes(rival, "step_bytes"),
                 _ratio(rival, "step_bytes"),
-                f"{rival['first_step_seconds']:.1f} s",
+                MISSING if record.get("shares_caches") else f"{rival['first_step_seconds']:.1f} s",
                 f"{rival['peak_life_bytes'] / 2**20:.0f} MiB",
             )
         rows.append((_label(rival), *cells, _verdict(rival), _error(rival)))
@@ -89,7 +91,9 @@ def _starts_table(record: Record) -> str:
             rows.append((_label(rival), "failed", *[MISSING] * 8))
             continue
         for state, caches in (("cold", "empty"), ("warm", "filled")):
-            counted = rival["compiler"][state]
+            counted = rival.get("compiler", {}).get(state)
+            if counted is None:
+                continue
             aot = [str(counted[f"autograd_cache_{outcome}"]) for outcome in ("hit", "miss", "bypass")]
             cells = (
                 caches,

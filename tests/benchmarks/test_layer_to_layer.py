@@ -213,7 +213,11 @@ def test_a_life_keeps_the_first_step_apart(tmp_path):
     )
     columns = {"peak_bytes": "peak", "later_peak_bytes": "later", "word": "said"}
     case = Case(name="a", title="A", rivals=rivals, baseline="small", measure="lives", steps=2, columns=columns)
-    record = run_case(case, replace(SETTINGS, threads=None))  # so that they need not import torch
+    parts = []
+    record = run_case(case, replace(SETTINGS, threads=None), keep=parts.append)  # without threads: no torch is imported
+    assert [part["unfinished"] for part in parts] == [True, True]
+    assert "interrupted" in case_table("a", parts[0])
+    assert "interrupted" not in case_table("a", record)
     large = record["rivals"]["large"]["samples"]
     assert large["peak_bytes"][0] > 400 << 20
     assert large["later_peak_bytes"][0] < 300 << 20
@@ -230,17 +234,19 @@ def killing(tmp_path):
     return kills.Killing(tmp_path, eager=False, steps=3, generator=random.Random(0), wanted=["a", "b", "c"])
 
 
+def step(number, loss):
+    return ("forward", number, ""), ("backward", number, loss)
+
+
 def said(*words):
     return kills._Child(0, 0, 0.0, [(0.0, word) for word in words])
 
 
 def test_a_step_that_was_committed_before_the_kill_may_be_there(killing):
-    killing._look_at(
-        said(("opened", 0, ""), ("forward", 0, ""), ("end", 0, "a"), ("forward", 1, ""), ("update", 1, ""))
-    )
-    killing._look_at(said(("opened", 2, ""), ("forward", 2, ""), ("end", 2, "c")))
+    killing._look_at(said(("opened", 0, ""), *step(0, "a"), ("end", 0, ""), *step(1, "b"), ("update", 1, "")))
+    killing._look_at(said(("opened", 2, ""), *step(2, "c"), ("end", 2, "")))
     facts = killing.facts()
-    assert (facts["committed_unsaid"], facts["repeated"], facts["steps_compared"]) == (1, 0, 2)
+    assert (facts["committed_unsaid"], facts["repeated"], facts["steps_compared"]) == (1, 0, 3)
     assert killing.problems == []
 
 
@@ -249,11 +255,11 @@ def test_a_step_that_was_committed_before_the_kill_may_be_there(killing):
     [
         ([("opened", 0, "")], "the store was at step 0, though 1 were finished and 2 begun"),
         ([("opened", 3, "")], "the store was at step 3, though 1 were finished and 2 begun"),
-        ([("opened", 1, ""), ("end", 1, "x")], "the loss of step 1 is x and was b"),
+        ([("opened", 1, ""), ("backward", 1, "x")], "the loss of step 1 is x and was b"),
     ],
 )
 def test_what_is_lost_or_different_is_a_problem(killing, words, problem):
-    killing._look_at(said(("opened", 0, ""), ("forward", 0, ""), ("end", 0, "a"), ("forward", 1, "")))
+    killing._look_at(said(("opened", 0, ""), *step(0, "a"), ("end", 0, ""), ("forward", 1, "")))
     killing._look_at(said(*words))
     assert killing.problems == [problem]
 
