@@ -4,8 +4,8 @@
     python examples/train_larger_than_memory.py --layers 32 --width 1024 --memory 700    # larger
 
 Two processes get the same limit of memory beyond what torch and its compiler take once they have trained something tiny
-(``RLIMIT_AS``, in MB; on a GPU a fraction of its memory). One trains the model as ever, and fails. The other builds it on the meta device, fills a store layer by layer, and
-trains it layer by layer: on the CPU from disk, on a GPU from host memory.
+(``RLIMIT_AS``, in MB; on a GPU a fraction of its memory). One trains the model as ever, and fails. The other builds it on the
+meta device, fills a store layer by layer, and trains it layer by layer: on the CPU from disk, on a GPU from host memory.
 """
 
 from __future__ import annotations

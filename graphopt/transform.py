@@ -16,10 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
-from torch.utils.weak import WeakIdKeyDictionary
 
 from graphopt import _compat
 from graphopt.annotations import STAGE, SUM_GRAD_SQUARED
@@ -43,16 +41,15 @@ from graphopt.errors import (
     OptionError,
     StreamError,
     UncapturedCall,
-    UncapturedParameter,
     UnsupportedError,
 )
 from graphopt.pipeline import Coverage, Pass, Record, Status, resolve_passes, run_passes
 from graphopt.regions import stages_of
 from graphopt.runtime import data_parallel, fully_sharded
 from graphopt.runtime.bound_graph import BoundGraph, UnboundGraph
-from graphopt.runtime.statistics import Statistic
 from graphopt.runtime.streaming.options import Streaming
 from graphopt.runtime.streaming.stream import Stream
+from graphopt.runtime.uncaptured import records_of, refuse_uncaptured, watch_uncaptured
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -60,7 +57,6 @@ _HANDLE = "_graphopt"  # where a transformed model keeps its `_Handle`
 _OWN_OPTIONS = ("passes", "compiler", "disable", "sample_axis", "sample_axis_between_graphs", "fullgraph")
 
 _numbers = itertools.count()
-_records_of: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> records of the graphs that use it
 
 
 def default_passes() -> list[Pass]:
@@ -135,7 +131,7 @@ def records(model: nn.Module) -> list[Record]:
         return list(handle.records)
     found: dict[int, Record] = {}
     for parameter in model.parameters():
-        for record in _records_of.get(parameter, ()):
+        for record in records_of.get(parameter, ()):
             found.setdefault(id(record), record)
     return list(found.values())
 
@@ -349,7 +345,7 @@ class Setup:
             keep(record)
         for value in example_inputs:
             if isinstance(value, nn.Parameter):
-                _records_of.setdefault(value, []).append(record)
+                records_of.setdefault(value, []).append(record)
         return bound
 
 
@@ -500,68 +496,6 @@ class _Handle:
         return f"_Handle(passes={[item.name for item in self.setup.passes]}, {len(self.records)} graphs)"
 
 
-def _refuse_uncaptured(model: nn.Module, outputs: Any, setup: Setup) -> None:
-    """Raise `UnsupportedError` for parameters that the outputs depend on, that no graph knows, and that must be served."""
-    missing = {
-        id(param): name
-        for name, param in _uncaptured(model, setup)
-        if setup.must_serve(name, cast(nn.Parameter, param))  # what may be skipped is only warned about
-    }
-    reached = _leaves(outputs) if missing else set()
-    if names := [name for key, name in missing.items() if key in reached]:
-        raise UnsupportedError(
-            f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''} of {type(model).__name__} would have gradients but no "
-            f"statistics: {'they are' if len(names) > 1 else 'it is'} used outside any captured graph, where packed sequences, "
-            "functions under torch.compiler.disable and code behind some graph breaks run (TORCH_LOGS=graph_breaks shows which). "
-            "Pad sequences instead of packing them, or remove the break. To train without these statistics, use "
-            "TrueGrad(unsupported='skip'), or leave the parameters out with TrueGrad(where=...)"
-        )
-
-
-def _leaves(outputs: Any) -> set[int]:
-    """Identities of the tensors that a backward pass from these would give gradients to."""
-    waiting = [value.grad_fn for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor)]
-    seen, found = set(), set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if (leaf := getattr(node, "variable", None)) is not None:  # AccumulateGrad
-            found.add(id(leaf))
-        waiting += [parent for parent, _ in node.next_functions]
-    return found
-
-
-def _uncaptured(model: nn.Module, setup: Setup) -> Iterator[tuple[str, Tensor]]:
-    """Trainable parameters that statistics are asked for, and that no graph has as an input."""
-    passes = [item for item in setup.passes if SUM_GRAD_SQUARED in item.provides]
-    for name, param in model.named_parameters():
-        known = param in _records_of or Statistic.name_in_graph(param) is not None
-        if param.requires_grad and param.is_leaf and not known and any(item.selects(name, param) for item in passes):
-            yield name, param
-
-
-def _watch(model: nn.Module, setup: Setup) -> None:
-    """Warn when a parameter that no graph knows gets a gradient after all."""
-    handles: list[Any] = []
-
-    def warn(param: Tensor, name: str) -> None:
-        for handle in handles:
-            handle.remove()
-        if Statistic.name_in_graph(param) is None:
-            warnings.warn(
-                f"{name} of {type(model).__name__} has a gradient but no statistics: it was used outside any captured graph, as "
-                "functions under torch.compiler.disable, packed sequences and code behind some graph breaks are (TORCH_LOGS="
-                "graph_breaks). graphopt.Report.of(model) lists all such parameters",
-                UncapturedParameter,
-                stacklevel=2,
-            )
-
-    for name, param in _uncaptured(model, setup):
-        handles.append(param.register_post_accumulate_grad_hook(functools.partial(warn, name=name)))
-
-
 def _limit_for(num_alike: int) -> contextlib.AbstractContextManager[Any]:
     """Parts that share a code object share Dynamo's limit of recompilations, and each may need graphs of its own."""
     if num_alike == 1:
@@ -598,6 +532,8 @@ def _entry(
         if setup.has_statistics:
             data_parallel.enter_forward()  # on every rank, also on one whose batch reaches no graph
         before = BoundGraph.num_calls
+        if handle.stream is not None:
+            handle.stream.begin_call()
         try:
             with capture_settings(has_passes=bool(setup.passes)), _limit_for(num_alike):
                 outputs = compiled(*args, **kwargs)
@@ -606,6 +542,8 @@ def _entry(
             if isinstance(inner, GraphoptError):
                 raise inner from inner.__cause__
             raise
+        if handle.stream is not None:
+            handle.stream.end_call(outputs)
         if BoundGraph.num_calls == before and not warned and any(True for _ in model.parameters()):
             warned = True
             warnings.warn(
@@ -621,9 +559,9 @@ def _entry(
             and not (is_unit or watched)
             and torch.is_grad_enabled()
         ):
-            _refuse_uncaptured(model, outputs, setup)
+            refuse_uncaptured(model, outputs, setup)
             watched = True
-            _watch(model, setup)
+            watch_uncaptured(model, setup)
         return outputs
 
     return cast(Callable[..., Any], entry)

@@ -16,6 +16,7 @@ from graphopt import annotations as noted
 from graphopt.annotations import SAMPLE_GRAD_NORM, SUM_GRAD_SQUARED, SUM_POSITION_GRAD_SQUARED, Key
 from graphopt.errors import OptionError, StoreError, StreamError
 from graphopt.runtime.stores import DiskStore, HostStore, Store, StoredTensor
+from graphopt.runtime.streaming import outside
 from graphopt.runtime.streaming.exporting import save_safetensors
 from graphopt.runtime.streaming.husks import fill_store, match_store, small_state, tie_again
 from graphopt.runtime.streaming.optimizer_steps import OptimizerSteps
@@ -75,6 +76,8 @@ class Stream:
             raise
         self.optimizers = OptimizerSteps(self)
         self._hooks = StateDictHooks(model, self)
+        self._watches = outside.watch(self.slots)
+        self._used: set[str] = set()  # by graphs during the current call
 
     # ------------------------------------------------------------------------------------------------- what users call
 
@@ -139,9 +142,19 @@ class Stream:
         for slot in self.slots:
             slot.check()
 
+    def begin_call(self) -> None:
+        """The model is called."""
+        self._used.clear()
+
+    def end_call(self, outputs: Any) -> None:
+        """The call returns: raise `StreamError` if a parameter was read where nobody has loaded it."""
+        outside.check_outputs(outputs, self.slots, self._used)
+
     def restore(self) -> None:
         """Bring all values back into memory, and forget the store."""
         self._hooks.remove()
+        for watch in self._watches:
+            watch.remove()
         for slot in self.slots:
             gradient = slot.param.grad
             slot.param.data = self.store.read(slot.key).to(self.device)
@@ -161,6 +174,7 @@ class Stream:
                 f"a parameter of shape {tuple(param.shape)} was added to the model after graphopt.transform, so it is not in the "
                 "store. Add it first, or call graphopt.transform again"
             )
+        self._used.add(slot.name)
         return slot
 
     def visit(self, groups: Sequence[Sequence[str]]) -> Generator[dict[str, Tensor]]:
