@@ -138,6 +138,11 @@ class LayerToLayer(Pass, adds=("plan",)):
         return self.microbatch_size is not None
 
     @property
+    def skips_unsupported(self) -> bool:
+        """It is compiled as it is then; where layers are streamed, that is refused later."""
+        return True
+
+    @property
     def uuid(self) -> str:
         """The same for all options: they decide where a graph is cut, not what its regions are compiled to."""
         return "layer_to_layer"
