@@ -1,8 +1,7 @@
 """The command ``graphopt``: one function below for each of its commands.
 
 A function with ``@app.command()`` is a command, its docstring the help text. Errors of graphopt end as one line on standard
-error, with exit code 2 if the options are to blame, else 1. Torch and graphopt are imported when a command needs them, so that
-``--help`` does not wait for them.
+error, with exit code 2 if the options are to blame, else 1.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 try:
     import typer
@@ -26,11 +25,14 @@ except ImportError as missing:
         f"graphopt: the command line needs {missing.name}, which is not installed: pip install 'graphopt[cli]'"
     ) from missing
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+import torch
+from torch import nn
 
-    Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+from graphopt.errors import GraphoptError, OptionError
+from graphopt.inspect.plan import make_plan
+from graphopt.passes import LayerToLayer
+
+Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 _FAILED, _MISUSED = 1, 2  # exit codes
 
@@ -41,11 +43,8 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except Exception as error:
-            errors = sys.modules.get("graphopt.errors")
-            if errors is None or not isinstance(error, errors.GraphoptError):
-                raise
-            _fail(str(error), _MISUSED if isinstance(error, errors.OptionError) else _FAILED)
+        except GraphoptError as error:
+            _fail(str(error), _MISUSED if isinstance(error, OptionError) else _FAILED)
 
 
 app = typer.Typer(
@@ -103,20 +102,17 @@ def plan(
     ] = None,
 ) -> None:
     """Say what it takes to train MODEL layer by layer: memory, bytes moved, time. Nothing is run, and no weights are loaded."""
-    with Console(stderr=True).status("loading torch"):
-        load = _loader(model, batch, tokens, meta)
-        from graphopt.inspect.plan import make_plan
-        from graphopt.passes import LayerToLayer
-
-        where = _device(device)
-        layer_to_layer = LayerToLayer(
-            store=store,
-            store_path=store_path if store == "disk" else None,
-            device=where,
-            microbatch_size=microbatch_size,
-            eager=eager,
-            prefetch=prefetch,
-        )
+    if measure and (bandwidth is not None or flops is not None):
+        _fail("--bandwidth and --flops say what measuring would find out: add --no-measure", _MISUSED)
+    load = _loader(model, batch, tokens, meta)
+    layer_to_layer = LayerToLayer(
+        store=store,
+        store_path=store_path if store == "disk" else None,
+        device=_device(device),
+        microbatch_size=microbatch_size,
+        eager=eager,
+        prefetch=prefetch,
+    )
     with Console(stderr=True).status("making the model"):
         module, args, kwargs = load()
     with Console(stderr=True).status("capturing the model" + (" and measuring this machine" if measure else "")):
@@ -158,9 +154,6 @@ def _loader(model: str, batch: int, tokens: int, meta: bool) -> Callable[[], Cal
 
 def _from_function(place: str, name: str, meta: bool) -> Call:
     """Call the function that a user names."""
-    import torch
-    from torch import nn
-
     module = _import(place)
     function = getattr(module, name, None)
     if not callable(function):
@@ -212,8 +205,6 @@ def _from_config(config: Path, batch: int, tokens: int) -> Call:
         transformers: Any = importlib.import_module("transformers")
     except ImportError:
         _fail(f"MODEL {config}: a config.json needs transformers: pip install 'graphopt[hf]'", _FAILED)
-    import torch
-
     transformers.logging.set_verbosity_error()
     try:
         settings = transformers.AutoConfig.from_pretrained(str(config), local_files_only=True)
@@ -231,8 +222,6 @@ def _from_config(config: Path, batch: int, tokens: int) -> Call:
 
 
 def _device(name: str | None) -> torch.device | None:
-    import torch
-
     try:
         return None if name is None else torch.device(name)
     except RuntimeError:

@@ -1,8 +1,9 @@
-"""The command ``graphopt``: what it prints, how it ends, and that it starts without torch."""
+"""The command ``graphopt``: what it prints, and how it ends."""
 
 import importlib
+import importlib.metadata
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -36,6 +37,10 @@ def on_meta():
 
 def without_arguments():
     return build()[0]
+
+
+def misfit():
+    return build()[0], (torch.zeros(4, 16), 1)
 
 
 class Stubborn(nn.Linear):
@@ -147,7 +152,7 @@ def test_a_config_is_a_model(tmp_path, run):
         ("absent.module:build", "there is no module 'absent' here or in the environment"),
         (
             "models_to_plan.py:biuld",
-            "models_to_plan.py has no function 'biuld'; it has Stubborn, broken, build, on_meta",
+            "models_to_plan.py has no function 'biuld'; it has Stubborn, broken, build, misfit",
         ),
         ("models_to_plan.py:without_arguments", "returned Sequential; return (model, args) or (model, args, kwargs)"),
     ],
@@ -161,6 +166,12 @@ def test_errors_of_graphopt_are_one_line(models, run):
     assert line.startswith("graphopt: optimizer='lion': what it keeps for each parameter is not known; known are")
     line = error_of(run("plan", f"{models}:stubborn", "--no-measure"), 1)
     assert line.startswith("graphopt: a graph of Stubborn cannot be captured, so its layers cannot be streamed")
+    line = error_of(run("plan", f"{models}:build", "--bandwidth", "1e9"), 2)
+    assert line.endswith("say what measuring would find out: add --no-measure")
+    line = error_of(run("plan", f"{models}:misfit", "--no-measure"), 2)
+    assert line.startswith(
+        "graphopt: the arguments do not fit the forward of Sequential (too many positional arguments)"
+    )
     line = error_of(run("plan", f"{models}:build", "--device", "toaster"), 2)
     assert line == "graphopt: --device toaster: no such kind of device; cpu, cuda or cuda:1"
     result = run("plan", f"{models}:build", "--store", "tape")
@@ -193,19 +204,11 @@ def test_without_transformers_it_says_what_to_install(tmp_path, run, monkeypatch
     assert line.endswith("a config.json needs transformers: pip install 'graphopt[hf]'")
 
 
-def test_help_needs_no_torch():
-    """The file by itself: what the package imports is another matter."""
-    program = (
-        "import runpy, sys; from typer.testing import CliRunner; app = runpy.run_path(sys.argv[1])['app']\n"
-        "print(CliRunner().invoke(app, ['plan', '--help']).stdout, 'torch' in sys.modules)"
-    )
-    found = subprocess.run([sys.executable, "-c", program, cli.__file__], capture_output=True, text=True, check=True)
-    assert "--microbatch-size" in found.stdout
-    assert found.stdout.strip().endswith("False")
-
-
-def test_as_a_process(models):
-    command = [sys.executable, "-m", "graphopt", "plan", "models_to_plan:build", "--no-measure"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=models.parent, check=False)
-    assert found.returncode == 0, found.stderr
-    assert "from store='disk' to cpu; 4 samples; optimizer adamw" in found.stdout
+def test_as_a_module_and_as_a_script(models, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["python -m graphopt", "plan", "models_to_plan:build", "--no-measure"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("graphopt", run_name="__main__")
+    assert end.value.code == 0
+    assert "from store='disk' to cpu; 4 samples; optimizer adamw" in capsys.readouterr().out
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="graphopt")
+    assert script.load() is cli.main
