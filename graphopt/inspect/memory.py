@@ -32,6 +32,7 @@ _GRADS = "their gradients"
 _LAYER_GRADS = "gradients of a layer"
 _WITHIN = "within a layer"
 _WAITING = "on its way to the disk"
+_KEPT = "free buffers of the store"
 _OPTIMIZER = "the optimizer at work"
 _ON_THE_WAY = "parameters that are updated"
 _UPDATES = "gradients that wait for their update"
@@ -132,18 +133,17 @@ class StepMemory:
     def host_peak(self) -> Peak:
         """In host memory."""
         peaks = []
-        for moment in self._moments():
-            own = _added(self._in_memory_store(), moment.device if self._sizes.on_cpu else {}, moment.host)
+        moments = list(self._moments())
+        most = max(map(_buffers, moments), default=0) if self._sizes.is_disk else 0
+        for moment in moments:
+            kept = {_KEPT: most - _buffers(moment)} if self._sizes.is_disk else {}  # it frees none between steps
+            own = _added(self._in_memory_store(), moment.device if self._sizes.on_cpu else {}, moment.host, kept)
             peaks.append(Peak(moment.name, _clean(own), sum(own.values()) + moment.backlog))
         return replace(max(peaks, key=lambda peak: peak.nbytes), at_most=max(peak.at_most for peak in peaks))
 
     def buffers(self) -> tuple[int, int]:
         """The most that the store's own buffers take (``Store.peak_resident_bytes``), and if the disk does not keep up."""
-        found = []
-        for moment in self._moments():
-            of_store = {_LOADED, _WAITING, _ON_THE_WAY}
-            nbytes = sum(parts.get(name, 0) for parts in (moment.device, moment.host) for name in of_store)
-            found.append((nbytes, nbytes + moment.backlog))
+        found = [(_buffers(moment), _buffers(moment) + moment.backlog) for moment in self._moments()]
         return max(least for least, _ in found), max(most for _, most in found)
 
     # ------------------------------------------------------------------------------------------------------- moments
@@ -321,6 +321,12 @@ class StepMemory:
             for stage in graph.stages:
                 records.update(stage.statistics)
         return [nbytes for sizes in records.values() for nbytes in sizes]
+
+
+def _buffers(moment: Moment) -> int:
+    """Bytes of the store's own buffers that are in use."""
+    of_store = (_LOADED, _WAITING, _ON_THE_WAY)
+    return sum(parts.get(name, 0) for parts in (moment.device, moment.host) for name in of_store)
 
 
 def _all_reads(graph: GraphCosts) -> set[str]:

@@ -83,8 +83,8 @@ class Plan:
         machine: its speeds.
         timing: of a step without ``eager``; ``None`` if speeds are missing.
         timing_eager: the same with it.
-        rows_per_visit: how often a weight of the model's layers is used each time that its layer is loaded: in a language model
-            the tokens of the batch.
+        rows_per_visit: how many rows the matrices of the model's layers are multiplied with each time that their layer is loaded:
+            in a language model the tokens of the batch.
         hidden_from: so many rows per visit hide the transfer of a layer's weights behind its forward.
         step_hidden_from: so many hide all that a step moves; infinite if the values between layers take longer to move than to
             compute.
@@ -227,11 +227,11 @@ def _assemble(
     timing = timing_of(graphs, costs, machine, traffic, eager=False)
     timing_eager = timing_of(graphs, costs, machine, traffic_eager, eager=True)
     layers = _layers(graphs)
-    numel = sum(stage.numel for stage in layers)
-    rows = sum(stage.forward_flops for stage in layers) / (2 * numel) if numel else 0.0
-    size = sum(stage.nbytes for stage in layers) / numel if numel else 0.0
+    numel = sum(stage.weight_numel for stage in layers)
+    rows = sum(stage.weight_flops for stage in layers) / (2 * numel) if numel else 0.0
+    computing = machine.compute(sum(stage.forward_flops for stage in layers))
+    loading = machine.transfer(sum(stage.nbytes for stage in layers), 0)
     chosen, moved = (timing_eager, traffic_eager) if options.eager else (timing, traffic)
-    known = machine.flops is not None and machine.read is not None
     return Plan(
         model=model,
         options=options,
@@ -249,7 +249,7 @@ def _assemble(
         timing=timing,
         timing_eager=timing_eager,
         rows_per_visit=rows,
-        hidden_from=machine.flops * size / (2 * machine.read) if known else None,  # type: ignore[operator]
+        hidden_from=rows * loading / computing if loading is not None and computing else None,
         step_hidden_from=None if chosen is None else hiding_rows(rows, chosen, moved, machine),
         notes=notes,
     )

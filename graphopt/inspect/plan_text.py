@@ -151,8 +151,8 @@ def _time(plan: Plan) -> Iterator[str]:
         whole = plan.step_hidden_from
         rest = "no number hides" if whole == float("inf") else f"{whole or 0:,.0f} hide"
         yield (
-            f"{plan.hidden_from:,.0f} rows per visit of a layer hide the transfer of its weights behind its forward, {rest} all "
-            f"that a step moves; this batch has {plan.rows_per_visit:,.0f}"
+            f"{plan.hidden_from:,.0f} rows (tokens) per visit of a layer hide the transfer of its weights behind its forward, "
+            f"{rest} all that a step moves; this batch has {plan.rows_per_visit:,.0f}"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, cast
 
@@ -81,6 +81,8 @@ class Work:
         forward_bytes: the most that values within it take at once when nothing is kept.
         backward_bytes: what it keeps for its backward, and the gradients on their way.
         reached: positions of the inputs that get a gradient.
+        weight_flops: of ``forward_flops``, those of products with parameters, which have two for each element and row.
+        weight_numel: elements of these parameters.
     """
 
     forward_flops: int
@@ -88,6 +90,8 @@ class Work:
     forward_bytes: int
     backward_bytes: int
     reached: frozenset[int]
+    weight_flops: int
+    weight_numel: int
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,8 @@ class StageCosts:
         forward_flops: of the whole batch.
         backward_flops: of the whole batch, without computing forward again.
         statistics_bytes: working memory of the statistics.
+        weight_flops: of ``forward_flops``, those of products with parameters.
+        weight_numel: elements of these parameters.
     """
 
     name: str
@@ -127,6 +133,8 @@ class StageCosts:
     forward_flops: int
     backward_flops: int
     statistics_bytes: int
+    weight_flops: int
+    weight_numel: int
 
     @property
     def nbytes(self) -> int:
@@ -188,7 +196,7 @@ def _costs_of_stage(
     stage: Stage,
     structure: str,
     work: Work,
-    flops: tuple[int, int],
+    flops: Work,
     cut: Cut,
     differentiable: set[str],
     coverage: Sequence[Coverage],
@@ -223,9 +231,11 @@ def _costs_of_stage(
         num_parts=len(parts),
         whole=_why_whole(graph, stage, cut),
         work=work,
-        forward_flops=flops[0],
-        backward_flops=flops[1] + sum(row.extra_flops for row in added) if is_differentiated else 0,
+        forward_flops=flops.forward_flops,
+        backward_flops=flops.backward_flops + sum(row.extra_flops for row in added) if is_differentiated else 0,
         statistics_bytes=max((row.extra_bytes for row in added), default=0),
+        weight_flops=flops.weight_flops,
+        weight_numel=flops.weight_numel,
     )
 
 
@@ -244,8 +254,8 @@ def _work_of_all(graph: CapturedGraph, regions: Sequence[Region], stages: Sequen
 
 def _flops(
     captured: DryGraph, work: Sequence[Work], stages: Sequence[Stage], microbatch_size: int | None
-) -> list[tuple[int, int]]:
-    """Forward and backward operations of each stage for the whole batch, as the model itself has them.
+) -> list[Work]:
+    """The operations of each stage for the whole batch, as the model itself has them.
 
     Operators that a pass has put in count for nothing, so they are counted in the graph without them.
     """
@@ -262,7 +272,12 @@ def _flops(
         for stage in stages
     ]
     return [
-        (round(done.forward_flops * share), round(done.backward_flops * share))
+        replace(
+            done,
+            forward_flops=round(done.forward_flops * share),
+            backward_flops=round(done.backward_flops * share),
+            weight_flops=round(done.weight_flops * share),
+        )
         for done, share in zip(work, shares, strict=True)
     ]
 
@@ -335,8 +350,12 @@ def _work_of(region: Region, stage: Stage, graph: CapturedGraph, sizes: Sizes) -
             for source, fake in zip(stage.sources, region.fake_inputs, strict=True)
         ]
         meter = _Meter(inputs)
-        interpreter = _Metered(region.graph_module, meter)
+        weights = [
+            value.numel() if isinstance(source, Parameter) and value.ndim > 1 else None
+            for source, value in zip(stage.sources, inputs, strict=True)
+        ]
         with FlopCounterMode(display=False, custom_mapping=_formulas()) as forward:
+            interpreter = _Metered(region.graph_module, meter, forward, weights)
             with torch.autograd.graph.saved_tensors_hooks(meter.keep, lambda value: value):
                 outputs = interpreter.run(*inputs)
         for value in pytree.tree_leaves(outputs):
@@ -354,7 +373,14 @@ def _work_of(region: Region, stage: Stage, graph: CapturedGraph, sizes: Sizes) -
                 found = torch.autograd.grad(ends, list(leaves.values()), ones, allow_unused=True)
                 reached = frozenset(at for at, value in zip(leaves, found, strict=True) if value is not None)
     flops = forward.get_total_flops()
-    return Work(flops, backward.get_total_flops(), meter.peak, meter.kept + 2 * meter.largest, reached)
+    return Work(
+        flops,
+        backward.get_total_flops(),
+        meter.peak,
+        meter.kept + 2 * meter.largest,
+        reached,
+        *interpreter.weight_products(),
+    )
 
 
 def _concrete(source: Any, fake: Any, graph: CapturedGraph, sizes: Sizes, mode: Any) -> Any:
@@ -406,16 +432,34 @@ def _storage(value: Any) -> Any:
 
 
 class _Metered(Interpreter):
-    """Runs a region, and looks after each operator what is alive."""
+    """Runs a region, and looks after each operator what is alive and whether it was a product with parameters."""
 
-    def __init__(self, module: Any, meter: _Meter) -> None:
+    def __init__(self, module: Any, meter: _Meter, counter: FlopCounterMode, weights: Sequence[int | None]) -> None:
         super().__init__(module)
-        self._meter = meter
+        self._meter, self._counter = meter, counter
+        self._flops = 0
+        inputs = zip(module.graph.find_nodes(op="placeholder"), weights, strict=True)
+        self._numels = {node: numel for node, numel in inputs if numel is not None}
+        self._made_of = {node: {node} for node in self._numels}  # also casts and views of parameters
+        self._used: set[Any] = set()
 
     def run_node(self, n: Any) -> Any:
+        before = self._counter.get_total_flops()
         result = super().run_node(n)
         self._meter.see(pytree.tree_leaves([list(self.env.values()), result]))
+        own = [self._made_of[node] for node in n.all_input_nodes if node in self._made_of]
+        if n.op != "call_function" or not own:
+            return result
+        if len(own) == len(n.all_input_nodes):
+            self._made_of[n] = set().union(*own)
+        elif flops := self._counter.get_total_flops() - before:
+            self._flops += flops
+            self._used.update(*own)
         return result
+
+    def weight_products(self) -> tuple[int, int]:
+        """Operations of products with parameters, and elements of these parameters."""
+        return self._flops, sum(self._numels[node] for node in self._used)
 
 
 @functools.cache

@@ -206,6 +206,8 @@ def test_flops_of_attention():
     )
     linear, products = 2 * 8 * 8 * 18, 2 * 3 * 6 * 6 * 8
     assert sum(stage.flops_per_sample for stage in plan.stages) == linear + 2 * products
+    assert plan.rows_per_visit == 36  # without those of attention, which make fewer rows hide the same bytes
+    assert plan.hidden_from == pytest.approx(36 * 8 * 8 * 4 / plan.timing.phases[0].compute)
     # Forward again; one product for the gradient of the matrix, whose input needs none; five for that of attention.
     assert plan.timing.phases[1].compute == 2 * (linear + 2 * products + linear + 5 * products)
 
@@ -343,7 +345,7 @@ def test_text_and_json(tmp_path):
     assert "[1] a reduction over the samples" in text
     assert "    forward: weights" in text
     assert "a step takes at least" in text
-    assert "rows per visit of a layer hide the transfer" in text
+    assert "rows (tokens) per visit of a layer hide the transfer" in text
     assert repr(plan).startswith("Plan(Language: 8 stages, peak ")
     assert max(map(len, text.splitlines())) < 200
     found = json.loads(json.dumps(plan.to_dict(), allow_nan=False))
