@@ -7,7 +7,8 @@
 # PYTHON=python3.12       another interpreter for .venv (run `make clean` first if there is one)
 # TORCH_INDEX=URL         where to look for torch besides pip's own configuration; on Linux PyPI has only the CUDA build, so
 #                         a machine without a GPU saves gigabytes with https://download.pytorch.org/whl/cpu
-# DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS    passed on: make test PYTEST_ARGS="-m 'not slow' -x"
+# DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS    passed on: make test PYTEST_ARGS="-m 'not slow' -x"; make bench BENCH_ARGS=regions
+#                         (or layer_to_layer, memory_against_depth, kills, sums; truegrad by default)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
