@@ -2,8 +2,8 @@
 
 A step is walked through stage by stage, as the runtime does it: what is loaded, what is kept, what waits for the disk. The moment
 at which the sum is largest counts. Within a stage, operators are taken to work as PyTorch runs them one by one; a compiler that
-fuses them needs less. Not counted is what a process takes without a model (Python, torch, compiled code), and freed memory that the
-C library keeps instead of giving it back to the system.
+fuses them needs less. Not counted is what a process takes without a model (Python, torch, compiled code), and freed memory that
+the C library keeps instead of giving it back to the system.
 """
 
 from __future__ import annotations
