@@ -50,7 +50,8 @@ def build(*, workload: dict[str, Any], method: str, compiler: str = "inductor", 
 
     def step() -> None:
         nonlocal compiled
-        compiled = compiled or _compiled(training.model, method, compiler)  # part of the first step
+        if compiled is None:  # part of the first step
+            compiled = _compiled(training.model, method, compiler)
         training.loss(compiled).backward()
         updates.step()
         updates.zero_grad()
@@ -124,13 +125,14 @@ def cases(quick: bool) -> tuple[Case, ...]:
     small = {"kind": "llama", "hidden": 32, "intermediate": 48, "heads": 2, "vocabulary": 50, "batch": 2, "length": 8}
     sizes: dict[str, Any] = {**small} if quick else {"kind": "llama"}
     start_sizes = small if quick else START_SIZES
+    compiler = {"compiler": "eager"} if quick else {}  # Inductor would take minutes
     depths = QUICK_DEPTHS if quick else DEPTHS
     starts = tuple(
         Rival(
             name=f"{method}-{depth}",
             label=f"{LABELS[method]}, {depth} layers",
             build=build,
-            options={"workload": {**start_sizes, "layers": depth}, "method": method},
+            options={"workload": {**start_sizes, "layers": depth}, "method": method, **compiler},
             ours=method != "inductor",
         )
         for method in ("inductor", "regions", "default")
@@ -144,7 +146,7 @@ def cases(quick: bool) -> tuple[Case, ...]:
             label=LABELS[method],
             build=build,
             check=check,
-            options={"workload": deep, "small": {**small, "layers": 4}, "method": method},
+            options={"workload": deep, "small": {**small, "layers": 4}, "method": method, **compiler},
             ours=method != "inductor",
         )
         for method in ("inductor", "whole", "regions")

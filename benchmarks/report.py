@@ -7,6 +7,7 @@ stands between ``<!-- benchmark: <name> -->`` and ``<!-- end of benchmark -->`` 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit(f"there are no results in {options.results}; run python -m benchmarks.run first")
     print(f"written to {write(options.results, contents)}")
     if options.embed:
-        names = embed(options.embed, contents, options.machine)
+        names = embed(options.embed, contents, options.machine, pictures=options.results)
         print(f"{options.embed}: filled in {', '.join(names) or 'nothing, it has no markers'}")
     return 0
 
@@ -59,8 +60,17 @@ def write(folder: Path, contents: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
-def embed(path: Path, contents: Sequence[dict[str, Any]], machine: str | None = None) -> list[str]:
-    """Fill the markers of a markdown file; returns the names of the benchmarks that were filled in."""
+def embed(
+    path: Path, contents: Sequence[dict[str, Any]], machine: str | None = None, pictures: Path | None = None
+) -> list[str]:
+    """Fill the markers of a markdown file; returns the names of the benchmarks that were filled in.
+
+    Args:
+        path: The file.
+        contents: Of the result files.
+        machine: Whose figures; the newest by default.
+        pictures: The folder that `write` has drawn curves into; they are shown below the summary.
+    """
     text, filled = path.read_text(), []
     for name in dict.fromkeys(content["benchmark"] for content in contents):
         mine = [content for content in contents if content["benchmark"] == name]
@@ -70,6 +80,10 @@ def embed(path: Path, contents: Sequence[dict[str, Any]], machine: str | None = 
             continue
         newest = max(mine, key=lambda content: max(record["date"] for record in content["cases"].values()))
         summary = _benchmark(name).conclusions(newest["cases"]) or summary_table(newest)
+        for curves in () if pictures is None else _benchmark(name).curves(newest["cases"]):
+            picture = pictures / f"{name}-{newest['machine']['slug']}-{curves.name}.png"
+            if picture.exists():
+                summary += f"\n\n![{curves.title}]({os.path.relpath(picture, path.parent)})"
         block = f"{begin}\n{summary}\n\n{machine_line(newest['machine'])}\n{END}"
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(END), flags=re.DOTALL)
         if not pattern.search(text):

@@ -67,6 +67,7 @@ def test_regions_count_what_the_pass_reports():
     small = {"kind": "llama", "layers": 4, "hidden": 16, "intermediate": 16, "heads": 2, "vocabulary": 20}
     task = regions.build(workload={**small, "batch": 2, "length": 4}, method="regions", compiler="eager")
     task.step()
+    task.step()
     found = task.metrics()
     assert 4 <= found["num_regions"]
     assert 2 <= found["num_distinct"] < found["num_regions"]
@@ -306,6 +307,10 @@ def test_the_report_has_conclusions_and_curves(starts, tmp_path):
     assert "32 against 4 (target: 1.2)" in text
     assert "(regions-box-depth.png)" in text
     assert (tmp_path / "regions-box-depth.png").exists()
+    page = tmp_path / "page.md"
+    page.write_text("<!-- benchmark: regions -->\n<!-- end of benchmark -->\n")
+    report.embed(page, [content], pictures=tmp_path)
+    assert "(regions-box-depth.png)" in page.read_text()
 
 
 def test_stores_do_not_lie_in_memory(monkeypatch, tmp_path):
