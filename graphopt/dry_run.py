@@ -22,13 +22,14 @@ from graphopt import _compat
 from graphopt.capture import CapturedGraph, NamedTensors, capture_settings, mark_samples
 from graphopt.errors import GraphoptError, OptionError, UnsupportedError
 from graphopt.pipeline import Record
+from graphopt.runtime import fully_sharded
 from graphopt.runtime.bound_graph import BoundGraph, UnboundGraph
 from graphopt.runtime.streaming.slots import make_husk
-from graphopt.transform import Setup, own_attributes, with_own_code
+from graphopt.transform import HANDLE, Setup, with_own_code
 
-# What the streaming of layers puts into modules. Some of it refuses to be copied; torch gives a copy empty hooks.
+# What `transform` and the streaming of layers put into modules. Some of it refuses to be copied; torch gives a copy empty hooks.
 _NOT_COPIED = (
-    *("__deepcopy__", "__reduce_ex__", "_apply"),
+    *(HANDLE, "__deepcopy__", "__reduce_ex__", "_apply"),
     *("_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
 
@@ -97,8 +98,12 @@ def dry_run(
 
     Raises:
         OptionError: the arguments do not fit ``forward``.
-        UnsupportedError: the model cannot be traced without values, or is not one graph where it has to be.
+        UnsupportedError: the model is sharded, cannot be traced without values, or is not one graph where it has to be.
     """
+    if fully_sharded.is_sharded(model):
+        raise UnsupportedError(
+            f"{type(model).__name__} cannot {cannot} after fully_shard: FSDP does not let it be copied. Ask before fully_shard"
+        )
     _bind(model, args, kwargs)
     clone = _without_memory(model, device, shares=is_whole)
     args, kwargs = pytree.tree_map_only(Tensor, _placed_with(clone, device), (tuple(args), dict(kwargs)))
@@ -141,8 +146,8 @@ def _without_memory(model: nn.Module, device: torch.device | None, *, shares: bo
     for buffer in model.buffers():
         memo[id(buffer)] = _placed(buffer, device or _off_meta(buffer))
     hidden = [
-        (module, {name: vars(module).pop(name) for name in (*_NOT_COPIED, *names) if name in vars(module)})
-        for module, names in own_attributes(model)
+        (module, {name: vars(module).pop(name) for name in _NOT_COPIED if name in vars(module)})
+        for module in model.modules()
     ]
     try:
         return copy.deepcopy(model, memo)

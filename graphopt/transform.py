@@ -11,7 +11,7 @@ import time
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -53,7 +53,7 @@ from graphopt.runtime.uncaptured import records_of, refuse_uncaptured, watch_unc
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_HANDLE = "_graphopt"  # where a transformed model keeps its `_Handle`
+HANDLE = "_graphopt"  # where a transformed model keeps its `_Handle`
 _OWN_OPTIONS = ("passes", "compiler", "disable", "sample_axis", "sample_axis_between_graphs", "fullgraph")
 
 _numbers = itertools.count()
@@ -115,7 +115,7 @@ def transform(
 def restore(model: Model) -> Model:
     """Undo `transform`: the model runs as it was written. Parameters keep their values; does nothing if not transformed."""
     inner = data_parallel.unwrap(model)
-    handle = inner.__dict__.pop(_HANDLE, None)
+    handle = inner.__dict__.pop(HANDLE, None)
     if handle is not None:
         handle.detach(inner)
     return model
@@ -126,7 +126,7 @@ def records(model: nn.Module) -> list[Record]:
 
     Works for transformed models and for ``torch.compile(model, backend="graphopt")``.
     """
-    handle = data_parallel.unwrap(model).__dict__.get(_HANDLE)
+    handle = data_parallel.unwrap(model).__dict__.get(HANDLE)
     if isinstance(handle, _Handle):
         return list(handle.records)
     found: dict[int, Record] = {}
@@ -142,7 +142,7 @@ def stream(model: nn.Module) -> Stream:
     Raises:
         StreamError: the model's layers are not streamed.
     """
-    handle = data_parallel.unwrap(model).__dict__.get(_HANDLE)
+    handle = data_parallel.unwrap(model).__dict__.get(HANDLE)
     if not isinstance(handle, _Handle) or handle.stream is None:
         raise StreamError(
             f"the layers of this {type(model).__name__} are not streamed: graphopt.transform(model, [LayerToLayer(store='cpu')])"
@@ -152,21 +152,12 @@ def stream(model: nn.Module) -> Stream:
 
 def is_transformed(model: nn.Module) -> bool:
     """Whether `transform` serves the model."""
-    return isinstance(data_parallel.unwrap(model).__dict__.get(_HANDLE), _Handle)
-
-
-def own_attributes(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
-    """The modules of a model, with names of what `transform` has put into each: a copy without it is as it was written."""
-    handle = model.__dict__.get(_HANDLE)
-    units = handle.units if isinstance(handle, _Handle) else []
-    for module in model.modules():
-        names = (_HANDLE,) if _HANDLE in vars(module) else ()
-        yield module, (*names, "forward") if any(module is unit for unit in units) else names
+    return isinstance(data_parallel.unwrap(model).__dict__.get(HANDLE), _Handle)
 
 
 def setup_of(model: nn.Module) -> Setup:
     """The options of a transformed model, or the default ones."""
-    handle = data_parallel.unwrap(model).__dict__.get(_HANDLE)
+    handle = data_parallel.unwrap(model).__dict__.get(HANDLE)
     return handle.setup if isinstance(handle, _Handle) else Setup.parse({})
 
 
@@ -406,7 +397,7 @@ class _Handle:
         self.dynamic = dynamic
         self.records: list[Record] = []
         self._model: nn.Module | None = None
-        self.units: list[nn.Module] = []
+        self._units: list[nn.Module] = []
         self.num_samples: int | None = None  # of the running call, if the model is compiled in parts
         self.stream: Stream | None = None
 
@@ -423,7 +414,7 @@ class _Handle:
         def call(*args: Any, **kwargs: Any) -> Any:  # Dynamo skips frames of torch.nn's own classes, but not this one
             return model._call_impl(*args, **kwargs)
 
-        model.__dict__[_HANDLE] = self
+        model.__dict__[HANDLE] = self
         model.__dict__["_compiled_call_impl"] = _entry(model, self._compile(model, call, self.setup), self)
 
     def _attach_units(self, model: nn.Module) -> None:
@@ -445,16 +436,16 @@ class _Handle:
                 bound = functools.partial(compiled, unit)
                 entry = _entry(unit, bound, self, is_unit=True, axis=setup.sample_axis, num_alike=len(units))
                 unit.__dict__["forward"] = entry
-                self.units.append(unit)
-        model.__dict__[_HANDLE] = self
+                self._units.append(unit)
+        model.__dict__[HANDLE] = self
         model.__dict__["_compiled_call_impl"] = call
 
     def detach(self, model: nn.Module) -> None:
         """Take back what `attach` has done."""
         model.__dict__.pop("_compiled_call_impl", None)
-        for unit in self.units:
+        for unit in self._units:
             unit.__dict__.pop("forward", None)
-        self.units = []
+        self._units = []
         if self.stream is not None:
             stream, self.stream = self.stream, None
             stream.restore()
