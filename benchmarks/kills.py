@@ -302,6 +302,7 @@ def build(*, eager: bool, steps: int = STEPS) -> Task:
 
     from benchmarks import disk
 
+    tqdm.set_lock(threading.RLock())  # its own is shared by all forks: one that is killed with it stops all that follow
     tqdm.monitor_interval = 0  # torch.fx has bars that are never shown, and each would want a thread that watches it
     torch.set_num_threads(1)  # with more, torch would have threads of its own, which a fork does not take along
     folder = disk.new_folder()

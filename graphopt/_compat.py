@@ -5,10 +5,12 @@ clear message, rather than later with an unexplained one.
 """
 
 import ctypes
+import functools
 import importlib
 import logging
 import re
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -255,6 +257,7 @@ def quiet_vmap() -> Iterator[None]:
 
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # malloc.h
+_apart = threading.Lock(), [0]  # how many are within `large_blocks_apart`
 
 
 @contextmanager
@@ -264,16 +267,27 @@ def large_blocks_apart() -> Iterator[None]:
     Otherwise a small block that lives on lies between large ones that are freed, none of which fits the next: the heap grows.
     Afterwards the limits are those that glibc ends up with by itself in a process that frees large blocks.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    mallopt = _mallopt()
     if mallopt is None:  # another allocator
         yield
         return
-    mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    lock, inside = _apart
+    with lock:
+        inside[0] += 1
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
     try:
         yield
     finally:
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+        with lock:
+            inside[0] -= 1
+            if not inside[0]:
+                mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+                mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+
+
+@functools.cache
+def _mallopt() -> Callable[[int, int], int] | None:
+    return getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
 
 
 def uses_onednn() -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from graphopt import _compat
 from graphopt.annotations import SAMPLE_GRAD_NORM, Key
 from graphopt.errors import StreamError
 from graphopt.runtime.streaming.micro_batches import Cut, Values, evaluate, laid_out
@@ -50,7 +51,7 @@ class Run:
         values = Values(self.cut, self.graph.rows)
         stages = self.graph.stages
         groups = [self._keys(stage) for stage in stages]
-        with torch.no_grad(), closing(self.stream.visit(groups)) as visits:
+        with _compat.large_blocks_apart(), torch.no_grad(), closing(self.stream.visit(groups)) as visits:
             for number, (stage, tensors) in enumerate(zip(stages, visits, strict=True)):
                 lent = {value.untyped_storage().data_ptr() for value in tensors.values()}
                 for part in self.cut.parts(stage.is_whole):
@@ -106,7 +107,7 @@ class Run:
         touched: dict[int, set[Key[Any]]] = {}
         stages = [stage for stage in reversed(self.graph.stages) if self.graph.matters(stage)]
         groups = [[*self._keys(stage), *self.stash.keys_of(stage.values)] for stage in stages]
-        with closing(self.stream.visit(groups)) as visits:
+        with _compat.large_blocks_apart(), closing(self.stream.visit(groups)) as visits:
             for number, (stage, tensors) in enumerate(zip(stages, visits, strict=True)):
                 kept = self.stash.loaded(stage.values, tensors)
                 leaves = self._leaves(stage, tensors)
