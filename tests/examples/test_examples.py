@@ -13,7 +13,10 @@ from tempfile import TemporaryDirectory
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-QUICK_FORM = {"train_lm.py": ["--quick", "--out", "results/curves.png"]}
+QUICK_FORM = {
+    "train_lm.py": ["--quick", "--out", "results/curves.png"],
+    "train_larger_than_memory.py": ["--layers", "8", "--steps", "3", "--memory", "200"],
+}
 """What makes an example quick; one that is not listed is quick as it stands."""
 
 
@@ -36,6 +39,16 @@ def test_example_succeeds_without_noise(script: str) -> None:
 
 def test_quick_form_names_only_examples_that_exist() -> None:
     assert all((EXAMPLES / script).is_file() for script in QUICK_FORM)
+
+
+def test_train_larger_than_memory_trains_what_plain_pytorch_cannot() -> None:
+    printed = run("train_larger_than_memory.py")[0].stdout
+    needed, limit = (int(re.search(pattern, printed)[1]) for pattern in (r": (\d+) MB with gradients", r"limit: (\d+) MB"))
+    assert limit < needed
+    assert re.search(r"^plain PyTorch: .*memory", printed, re.MULTILINE)
+    assert printed.endswith("plain PyTorch ran out of memory; graphopt trained\n")
+    losses = [float(loss) for loss in re.findall(r"^graphopt: step \d+, loss ([\d.]+)", printed, re.MULTILINE)]
+    assert losses == sorted(losses, reverse=True)
 
 
 def test_train_lm_learns_and_covers_every_parameter() -> None:

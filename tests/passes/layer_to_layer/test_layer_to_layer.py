@@ -45,20 +45,26 @@ def assert_trains_alike(model, plain, kwargs, **tolerance):
     torch.testing.assert_close(dict(model.named_buffers()), dict(plain.named_buffers()), **tolerance)
 
 
+FUNCTIONALISED = {"in_place", "batch_norm", "no_grad_across_layers"}  # what eager execution would do by itself
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_computes_the_same(name):
     model, kwargs = built(name)
     plain = copy.deepcopy(model)
-    graphopt.transform(model, [LayerToLayer()], compiler="aot_eager")
+    graphopt.transform(model, [LayerToLayer()], compiler="aot_eager" if name in FUNCTIONALISED else "eager")
     assert_trains_alike(model, plain, kwargs, atol=1e-12, rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", MODELS)
+SERVED = "mask_table_and_skip encoder_decoder one_layer_four_times frozen_layers no_grad_across_layers".split()
+
+
+@pytest.mark.parametrize("name", SERVED)
 def test_composes_with_truegrad(name):
     """What layers get in parts is what the graph as a whole gets."""
     model, kwargs = built(name)
-    whole = graphopt.transform(copy.deepcopy(model), [TrueGrad(unsupported="skip")], compiler="eager")
-    graphopt.transform(model, [TrueGrad(unsupported="skip"), LayerToLayer()], compiler="aot_eager")
+    whole = graphopt.transform(copy.deepcopy(model), [TrueGrad()], compiler="eager")
+    graphopt.transform(model, [TrueGrad(), LayerToLayer()], compiler="eager")
     assert_trains_alike(model, whole, kwargs, atol=1e-12, rtol=1e-10)
     for param, reference in zip(model.parameters(), whole.parameters(), strict=True):
         expected = find(reference, graphopt.annotations.SUM_GRAD_SQUARED)
@@ -81,7 +87,7 @@ def test_one_compilation_for_each_distinct_layer(name, monkeypatch):
     assert f"{MODELS[name].regions} regions, {MODELS[name].distinct} of them distinct" in str(graphopt.Report.of(model))
 
 
-@pytest.mark.parametrize("name", ["transformer", "mask_table_and_skip", "batch_norm"])
+@pytest.mark.parametrize("name", ["mask_table_and_skip", "batch_norm"])
 def test_inductor(name):
     model, kwargs = built(name)
     plain = copy.deepcopy(model)
