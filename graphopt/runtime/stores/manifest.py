@@ -12,7 +12,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Manifest:
             "extra": self.extra,
             "small": {name: _encode(value) for name, value in self.small.items()},
             "signature": self.signature,
-            "records": {key: asdict(entry) for key, entry in self.records.items()},
+            "records": {key: vars(entry) for key, entry in self.records.items()},
         }
         text = json.dumps({"format": FORMAT, "checksum": _checksum(body), "body": body}, sort_keys=True)
         fresh = path.with_name(path.name + ".new")

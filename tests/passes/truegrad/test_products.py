@@ -111,7 +111,7 @@ def test_closed_forms(form):
 @pytest.mark.parametrize("form", BATCHED.values(), ids=BATCHED)
 def test_batched_forms(form):
     module, inputs = form()
-    check(module, inputs)
+    check(module, inputs, compiler="eager")  # AOTAutograd meets torch's own operators only, and one such form below
 
 
 @pytest.mark.parametrize(
