@@ -44,9 +44,7 @@ def test_truegrad_runs_in_its_quick_form(tmp_path, capsys):
     assert "Quick form" in capsys.readouterr().out
     (path,) = tmp_path.glob("*.json")
     rivals = json.loads(path.read_text())["cases"]["mlp-64"]["rivals"]
-    assert {name: record["status"] for name, record in rivals.items()} == dict.fromkeys(
-        ("eager", "inductor", "vmap-grad"), "ok"
-    )
+    assert {name: record["status"] for name, record in rivals.items()} == {"inductor": "ok", "vmap-grad": "ok"}
     assert rivals["vmap-grad"]["check"]["verdict"] == "exact"
     assert rivals["inductor"]["compiler"]["graphs"] == 1
 
