@@ -86,9 +86,10 @@ def num_saved(segments: Sequence[Segment], hashes: Sequence[str]) -> int:
 
 
 def module_stack(node: Node) -> list[tuple[str, str]]:
-    """The modules whose forward made a node, from the outermost: path, and which call of it."""
+    """The modules whose forward made a node, from the outermost below the model itself: path, and which call of it."""
     stack = node.meta.get("nn_module_stack") or {}
-    return [(plain_name(path), key.partition("@")[2]) for key, (path, _) in stack.items()]
+    inner = {key: path for key, (path, _) in stack.items() if not re.fullmatch(r"[LG]\['\w+'\]", path)}
+    return [(plain_name(path), key.partition("@")[2]) for key, path in inner.items()]
 
 
 def _operators(graph: CapturedGraph) -> list[Node]:

@@ -48,7 +48,10 @@ def test_gradients_to_a_husk(hidden):
 
 
 def test_no_gradients(hidden):
-    with torch.no_grad(), pytest.warns(UncapturedParameter, match=r"returned NaN.*last\.inner\.weight, last\.inner\.bias"):
+    with (
+        torch.no_grad(),
+        pytest.warns(UncapturedParameter, match=r"returned NaN.*last\.inner\.weight, last\.inner\.bias"),
+    ):
         hidden.model(**hidden.kwargs)
 
 
