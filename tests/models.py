@@ -255,6 +255,8 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
 
 # --- Hugging Face ------------------------------------------------------------------------------------------------------------
 
+# One layer each: a second one has the same operators. T5 has two, which share the relative positions of the first.
+
 
 @dataclass(frozen=True)
 class HuggingFace:
@@ -326,7 +328,7 @@ def _bert(dropout: float, **options: Any) -> Any:
     from transformers import BertConfig
 
     return BertConfig(
-        vocab_size=29, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12,
+        vocab_size=29, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
         max_position_embeddings=16, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **options,
     )  # fmt: skip
 
@@ -335,7 +337,7 @@ def gpt2(dropout: float = 0.0) -> HuggingFace:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=29, n_positions=16, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1,
+        vocab_size=29, n_positions=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1,
         resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
     )  # fmt: skip
     return HuggingFace(GPT2LMHeadModel(config).train(), _masked, _shifted_terms)
@@ -345,7 +347,7 @@ def llama(dropout: float = 0.0) -> HuggingFace:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=29, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=29, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=16, bos_token_id=0, eos_token_id=1, attention_dropout=dropout,
     )  # fmt: skip
     return HuggingFace(LlamaForCausalLM(config).train(), _masked, _shifted_terms)
@@ -370,7 +372,7 @@ def vit(dropout: float = 0.0) -> HuggingFace:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
-        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4,
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4,
         num_labels=3, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
     )  # fmt: skip
 

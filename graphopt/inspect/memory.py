@@ -134,10 +134,11 @@ class StepMemory:
     def host_peak(self) -> Peak:
         """In host memory."""
         peaks = []
-        moments = list(self._moments())
-        most = max(map(_buffers, moments), default=0) if self._sizes.is_disk else 0
-        for moment in moments:
-            kept = {_KEPT: most - _buffers(moment)} if self._sizes.is_disk else {}  # it frees none between steps
+        passes, steps = list(self._passes()), list(self._step())
+        for moment in (*passes, *steps):
+            alike = (steps if moment in steps else passes) if self._sizes.on_cpu else (*passes, *steps)
+            most = max(map(_buffers, alike))  # a store frees buffers before and after a step, if they are not pinned
+            kept = {_KEPT: most - _buffers(moment)} if self._sizes.is_disk else {}
             own = _added(self._in_memory_store(), moment.device if self._sizes.on_cpu else {}, moment.host, kept)
             peaks.append(Peak(moment.name, _clean(own), sum(own.values()) + moment.backlog))
         return replace(max(peaks, key=lambda peak: peak.nbytes), at_most=max(peak.at_most for peak in peaks))
@@ -150,6 +151,11 @@ class StepMemory:
     # ------------------------------------------------------------------------------------------------------- moments
 
     def _moments(self) -> Iterator[Moment]:
+        yield from self._passes()
+        yield from self._step()
+
+    def _passes(self) -> Iterator[Moment]:
+        """Forward and backward."""
         self._written = []
         returned = 0
         for graph in self._graphs:
@@ -158,7 +164,6 @@ class StepMemory:
         for position in reversed(range(len(self._graphs))):
             kept = sum(self._on_device(graph, _all_reads(graph)) for graph in self._graphs[:position])
             yield from self._backward(self._graphs[position], kept, returned)
-        yield from self._step()
 
     def _forward(self, graph: GraphCosts, returned: int) -> Iterator[Moment]:
         """One moment for each stage."""

@@ -98,6 +98,7 @@ class OptimizerSteps:
         """Make the step for all streamed parameters; what torch runs afterwards finds none of them."""
         self._unhide()  # if a step has failed
         self.check(optimizer)
+        self._free_buffers()
         try:
             if self._eager is not None and self._eager.is_open:
                 self._eager.finish()
@@ -124,6 +125,12 @@ class OptimizerSteps:
             extra[str(number)] = description
             small |= {f"optimizer/{number}/{key}": value for key, value in tensors.items()}
         store.commit(store.step + 1, {"optimizers": extra}, small)
+        self._free_buffers()
+
+    def _free_buffers(self) -> None:
+        """Between the layers and the optimizer's step, which uses other sizes; not those that it takes long to pin."""
+        if self._stream.device.type == "cpu":
+            self.store.trim()
 
     def _undo(self) -> None:
         """A step failed on the way: a disk store goes back to the last step that was finished, one in memory cannot."""

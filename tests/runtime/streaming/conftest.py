@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 
 import graphopt
 from graphopt.passes import LayerToLayer
@@ -74,3 +75,9 @@ def pair(tmp_path):
         handle = found.model.__dict__.get("_graphopt")
         if handle is not None and handle.stream is not None:
             handle.stream.close()
+
+
+@pytest.fixture
+def quiet():
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

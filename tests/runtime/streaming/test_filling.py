@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
 import accelerate
@@ -21,75 +20,24 @@ from graphopt.errors import GraphoptError, OptionError, StoreError
 from graphopt.passes import LayerToLayer
 from graphopt.runtime.stores import DiskStore, StoredTensor
 from graphopt.runtime.streaming.filling import fill_store
-
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 50}
-
-
-def streamed(build, folder, **options):
-    """The model of a store, built anew as another process would."""
-    with torch.device("meta"):
-        model = build()
-    return graphopt.transform(model, [LayerToLayer(store="disk", store_path=folder, **options)], compiler="eager")
-
-
-def assert_same(model, expected):
-    """Parameters and all buffers; ``expected`` is a model in memory, or its state dict."""
-    values = expected if isinstance(expected, Mapping) else expected.state_dict()
-    assert list(model.state_dict()) == list(values)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value.load() if isinstance(value, StoredTensor) else value, values[name]), name
-    if not isinstance(expected, Mapping):
-        buffers = dict(expected.named_buffers())
-        for name, buffer in model.named_buffers():
-            assert torch.equal(buffer, buffers[name]), name
-
-
-def assert_on_meta(model):
-    assert all(type(param) is nn.Parameter and param.is_meta for param in model.parameters())
-
+from tests.runtime.streaming.filled_models import (
+    LINEAR,
+    TRANSFORMERS,
+    Model,
+    Scale,
+    assert_on_meta,
+    assert_same,
+    bert,
+    config_of,
+    initialised,
+    linear_with,
+    on_meta,
+    reset,
+    saved,
+    streamed,
+)
 
 # ------------------------------------------------------------------------------------------------------------ plain modules
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
-        self.norm = nn.BatchNorm1d(6)
-        self.out = nn.Linear(6, 6)
-        self.out.weight.requires_grad_(False)
-
-    def forward(self, x):
-        x = x + self.attention(x, x, x, need_weights=False)[0]
-        return x + self.out(self.norm(x.flatten(0, 1)).view_as(x))
-
-
-class Model(nn.Module):
-    """With a child whose values its parent changes, as models of transformers do, and one that has no parameters."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(11, 6, padding_idx=0)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.head = nn.Sequential(nn.Tanh(), nn.Linear(6, 11))
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-    def reset_parameters(self):
-        nn.init.normal_(self.head[1].weight, std=0.1)
-        nn.init.zeros_(self.head[1].weight[2])
-        self.head[1].weight.data[3] /= 7
-
-
-def reset(module):
-    for name in ("reset_parameters", "_reset_parameters"):
-        if hasattr(module, name):
-            getattr(module, name)()
-
 
 PLAIN = {
     "model": Model,
@@ -223,15 +171,6 @@ def test_tied(tmp_path):
     assert torch.equal(model.state_dict()["head.weight"].load(), expected)
 
 
-class Scale(nn.Module):
-    """Nothing says how it is initialised."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(4))
-        self.register_buffer("table", torch.arange(4.0))
-
-
 def test_initialize(tmp_path):
     """It has its way with every module, and what it leaves alone is initialised as ever."""
     seen = []
@@ -296,49 +235,6 @@ def test_dtype(dtype, tmp_path):
 # ------------------------------------------------------------------------------------------------- models of transformers
 
 
-def config_of(kind, **options):
-    return {
-        "llama": lambda: transformers.LlamaConfig(**SMALL, num_key_value_heads=1, **options),
-        "gpt2": lambda: transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, bos_token_id=0, eos_token_id=0, **options),
-        "bert": lambda: transformers.BertConfig(**SMALL, **options),
-        "mixtral": lambda: transformers.MixtralConfig(**SMALL, num_key_value_heads=1, num_local_experts=3, **options),
-        "resnet": lambda: transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[2], **options),
-    }[kind]()  # fmt: skip
-
-
-TRANSFORMERS = {
-    "llama": (transformers.LlamaForCausalLM, "llama", {}),
-    "tied llama": (transformers.LlamaForCausalLM, "llama", {"tie_word_embeddings": True}),
-    "gpt2": (transformers.GPT2LMHeadModel, "gpt2", {"tie_word_embeddings": True}),  # parents initialise their children
-    "bert": (
-        transformers.BertForMaskedLM,
-        "bert",
-        {"tie_word_embeddings": True},
-    ),  # ties a child's bias with its parent's
-    "mixtral": (transformers.MixtralForCausalLM, "mixtral", {}),  # files have a tensor for each expert
-    "resnet": (transformers.ResNetForImageClassification, "resnet", {}),  # buffers that are saved
-}
-
-
-@pytest.fixture
-def quiet():
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def initialised(kind, name, options):
-    """A model of transformers with values that were drawn from seed 5, by its own means."""
-    model = kind(config_of(name, **{**options, "tie_word_embeddings": False}))
-    for module in model.modules():
-        module.__dict__.pop("_is_hf_initialized", None)
-    torch.manual_seed(5)
-    model.initialize_weights()
-    if options:
-        model.config.tie_word_embeddings = True
-        model.tie_weights()
-    return model
-
-
 @pytest.mark.parametrize("context", ["torch.device", "accelerate"])
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_transformers(quiet, name, context, tmp_path):
@@ -353,78 +249,6 @@ def test_transformers(quiet, name, context, tmp_path):
     model = streamed(lambda: kind(config_of(config, **options)), tmp_path / "store")
     assert_same(model, expected)
     assert not any(hasattr(param, "_is_hf_initialized") for param in model.parameters())
-
-
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_transformers_checkpoint(quiet, name, tmp_path):
-    """What ``save_pretrained`` writes is loaded, and what a streamed model writes is read by ``from_pretrained``."""
-    kind, config, options = TRANSFORMERS[name]
-    expected = initialised(kind, config, options)
-    expected.save_pretrained(tmp_path / "saved", max_shard_size=2000)
-    assert (tmp_path / "saved" / "model.safetensors.index.json").exists()
-    with torch.device("meta"):
-        model = kind(config_of(config, **options))
-    fill_store(model, tmp_path / "store", checkpoint=tmp_path / "saved")
-    model = streamed(lambda: kind(config_of(config, **options)), tmp_path / "store")
-    assert_same(model, expected)
-    model.save_pretrained(tmp_path / "again", max_shard_size=2000)
-    assert sorted(os.listdir(tmp_path / "again")) == sorted(os.listdir(tmp_path / "saved"))
-    assert_same(kind.from_pretrained(tmp_path / "again"), expected)
-
-
-def bert(kind, **options):
-    return kind(config_of("bert", **options))
-
-
-HEADS = {  # saved, built, whether something must be initialised
-    "without its prefix": (transformers.BertModel, transformers.BertForSequenceClassification, True),
-    "with its prefix": (transformers.BertForSequenceClassification, transformers.BertModel, False),
-    "with another head": (transformers.BertForTokenClassification, transformers.BertForMaskedLM, True),
-}
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_parts_of_models(quiet, name, tmp_path):
-    """The base model is found with its prefix or without; heads of other tasks are passed over."""
-    saved, built, is_incomplete = HEADS[name]
-    expected = bert(saved)
-    expected.save_pretrained(tmp_path / "saved")
-    with torch.device("meta"):
-        model = bert(built)
-    if is_incomplete:
-        with pytest.raises(
-            StoreError, match=r"does not fit Bert.*it lacks .*pass initialize= as well: model\._init_weights"
-        ):
-            fill_store(model, tmp_path / "store", checkpoint=tmp_path / "saved")
-    fill_store(
-        model,
-        tmp_path / "store",
-        checkpoint=tmp_path / "saved",
-        initialize=model._init_weights if is_incomplete else None,
-    )
-    model = streamed(lambda: bert(built), tmp_path / "store")
-    base = {key.removeprefix("bert."): value for key, value in model.state_dict().items()}
-    reference = {key.removeprefix("bert."): value for key, value in expected.state_dict().items()}
-    shared = [key for key in base if key in reference]
-    assert len(shared) > 35
-    assert all(torch.equal(base[key].load(), reference[key]) for key in shared)
-    for key in set(base) - set(shared):
-        assert base[key].load().abs().max() < 1.01, key
-
-
-def test_old_names(quiet, tmp_path):
-    """Files of early versions: norms have a gamma and a beta, and a buffer was saved."""
-    expected = bert(transformers.BertModel)
-    old = {
-        key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value.clone()
-        for key, value in expected.state_dict().items()
-    }
-    old["embeddings.position_ids"] = torch.arange(512)[None]
-    save_file(old, tmp_path / "old.safetensors")
-    with torch.device("meta"):
-        model = bert(transformers.BertModel)
-    fill_store(model, tmp_path / "store", checkpoint=tmp_path / "old.safetensors")
-    assert_same(streamed(lambda: bert(transformers.BertModel), tmp_path / "store"), expected)
 
 
 def test_a_model_of_transformers_inside_another(quiet, tmp_path):
@@ -444,79 +268,7 @@ def test_a_model_of_transformers_inside_another(quiet, tmp_path):
         assert store.read("parameter/head.weight").std() > 0.1
 
 
-# ------------------------------------------------------------------------------------------------------------- checkpoints
-
-
-@pytest.fixture
-def files(tmp_path):
-    """A model with values, and its files."""
-    model = Model()
-    torch.manual_seed(1)
-    model.apply(reset)
-    names = list(model.state_dict())
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    save_file(state, tmp_path / "all.safetensors")
-    save_file({name: state[name] for name in names[:5]}, tmp_path / "a.safetensors")
-    save_file({name: state[name] for name in names[5:]}, tmp_path / "b.safetensors")
-    return model
-
-
-@pytest.mark.parametrize(
-    "paths", [["all.safetensors"], ["a.safetensors", "b.safetensors"], "all.safetensors"], ids=["list", "two", "file"]
-)
-def test_checkpoint(files, paths, tmp_path):
-    with torch.device("meta"):
-        model = Model()
-    checkpoint = tmp_path / paths if isinstance(paths, str) else [tmp_path / path for path in paths]
-    fill_store(model, tmp_path / "store", checkpoint=checkpoint)
-    assert_on_meta(model)
-    assert torch.equal(model.blocks[0].norm.running_var, torch.ones(6))
-    assert_same(streamed(Model, tmp_path / "store"), files)
-
-
-def test_checkpoint_of_another_dtype(tmp_path):
-    value = torch.randn(4, 3, dtype=torch.float64)
-    save_file({"weight": value, "bias": torch.zeros(4, dtype=torch.bfloat16)}, tmp_path / "m.safetensors")
-    for dtype, expected in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
-        with torch.device("meta"):
-            model = nn.Linear(3, 4)
-        fill_store(model, tmp_path / str(dtype), checkpoint=tmp_path / "m.safetensors", dtype=dtype)
-        with DiskStore(tmp_path / str(dtype)) as store:
-            assert torch.equal(store.read("parameter/weight"), value.to(expected))
-
-
-def test_checkpoint_and_initialize(files, tmp_path):
-    """What the files have is loaded, whatever is done to it before; the rest is initialised."""
-    with torch.device("meta"):
-        model = nn.ModuleDict({"embed": nn.Embedding(11, 6), "scale": Scale()})
-    save_file({"embed.weight": torch.ones(11, 6)}, tmp_path / "part.safetensors")
-
-    def initialize(module):
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.fill_(7)
-
-    fill_store(model, tmp_path / "store", checkpoint=tmp_path / "part.safetensors", initialize=initialize)
-    with DiskStore(tmp_path / "store") as store:
-        assert (store.read("parameter/embed.weight") == 1).all()
-        assert (store.read("parameter/scale.scale") == 7).all()
-    assert (model["scale"].table == 7).all()
-
-
 # ------------------------------------------------------------------------------------------------------------------ errors
-
-
-def on_meta(build):
-    with torch.device("meta"):
-        return build()
-
-
-def saved(tmp_path, **tensors):
-    save_file(tensors, tmp_path / "m.safetensors")
-    return {"checkpoint": tmp_path / "m.safetensors"}
-
-
-def linear_with(tmp_path, **changes):
-    return saved(tmp_path, **{"weight": torch.ones(4, 3), "bias": torch.ones(4), **changes})
 
 
 def quantised(tmp_path):
@@ -572,7 +324,6 @@ class Linear(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.empty(4, 3)), nn.Parameter(torch.empty(4))
 
 
-LINEAR = lambda: on_meta(lambda: nn.Linear(3, 4))  # noqa: E731
 ERRORS = {
     "no parameters": (lambda: nn.Tanh(), None, OptionError, r"no parameter of this Tanh is on it"),
     "values": (lambda: nn.Linear(3, 4), None, OptionError, r"weight, bias of this Linear has values\. Build it under torch\.device"),
@@ -623,51 +374,6 @@ def test_errors(name, tmp_path):
         assert before[name][1:] == (tensor.device, tensor.dtype)
         assert type(tensor) is not StoredTensor
     fill_store(on_meta(lambda: nn.Linear(2, 2)), tmp_path / "store")
-
-
-def test_shapes_that_differ_are_not_all_listed(quiet, tmp_path):
-    bert(transformers.BertModel).save_pretrained(tmp_path / "saved")
-    model = on_meta(lambda: transformers.BertModel(transformers.BertConfig(**{**SMALL, "hidden_size": 8})))
-    with pytest.raises(
-        StoreError,
-        match=r"does not fit BertModel: (\S+ is \[.*\] in it and \[.*\] in the model; ){5}and \d+ more shapes differ$",
-    ):
-        fill_store(model, tmp_path / "store", checkpoint=tmp_path / "saved")
-
-
-def test_two_tensors_for_one(quiet, tmp_path):
-    state = {key: value.clone() for key, value in bert(transformers.BertModel).state_dict().items()}
-    save_file({**state, "embeddings.LayerNorm.gamma": torch.ones(16)}, tmp_path / "m.safetensors")
-    with pytest.raises(
-        StoreError,
-        match=r"the checkpoint has two tensors for embeddings\.LayerNorm\.weight: embeddings\.LayerNorm\.gamma and embed",
-    ):
-        fill_store(
-            on_meta(lambda: bert(transformers.BertModel)), tmp_path / "store", checkpoint=tmp_path / "m.safetensors"
-        )
-
-
-@pytest.mark.parametrize(
-    ("found", "text"),
-    [
-        ({"other": torch.ones(4)}, r"the checkpoint's bias becomes other, which the model does not have"),
-        ({}, r"the checkpoint has no values for weight, bias"),
-    ],
-    ids=["another name", "nothing"],
-)
-def test_conversions_that_go_wrong(found, text, tmp_path, monkeypatch):
-    """Those of transformers may make of tensors what the model cannot take."""
-    monkeypatch.setattr("graphopt.runtime.streaming.checkpoints.Group.read", lambda *_: dict(found))
-    with pytest.raises(StoreError, match=text):
-        fill_store(LINEAR(), tmp_path / "store", **linear_with(tmp_path))
-
-
-def test_safetensors_is_needed_for_checkpoints_only(tmp_path, monkeypatch):
-    options = linear_with(tmp_path)
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(OptionError, match=r"checkpoint= reads safetensors files: pip install 'safetensors>=0\.8'"):
-        fill_store(LINEAR(), tmp_path / "store", **options)
-    fill_store(LINEAR(), tmp_path / "store")
 
 
 def test_an_error_leaves_buffers_alone(tmp_path):
@@ -725,40 +431,6 @@ def test_killed(moment, tmp_path):
     fill_store(model, tmp_path / "store")
     graphopt.transform(model, passes, compiler="eager")
     assert model(torch.ones(2, 3)).isfinite().all()
-
-
-def test_a_store_in_memory_has_no_values(tmp_path):
-    with pytest.raises(
-        StoreError,
-        match=r"2 parameters are on the meta device \(weight, bias\), and store='cpu' takes the values that are in memory",
-    ):
-        graphopt.transform(on_meta(lambda: nn.Linear(3, 4)), [LayerToLayer(store="cpu")])
-
-
-class WithTable(nn.Module):
-    def __init__(self, size):
-        super().__init__()
-        self.linear = nn.Linear(3, 4)
-        if size is not None:
-            self.register_buffer("table", torch.empty(size), persistent=False)
-
-    def reset_parameters(self):
-        nn.init.ones_(self.table)
-
-
-def test_buffers_that_do_not_fit(tmp_path):
-    fill_store(on_meta(lambda: WithTable(4)), tmp_path / "store")
-    model = on_meta(lambda: WithTable(5))
-    with pytest.raises(
-        StoreError, match=r"belongs to another model: the buffer table is \[4\] in it and \[5\] in the model"
-    ):
-        graphopt.transform(model, [LayerToLayer(store="disk", store_path=tmp_path / "store")])
-    assert_on_meta(model)
-    plain = nn.ModuleDict({"linear": nn.Linear(3, 4)})
-    graphopt.transform(plain, [LayerToLayer(store="disk", store_path=tmp_path / "plain")])
-    graphopt.stream(plain).close()
-    with pytest.raises(StoreError, match=r"has no values for table: it was not filled to the end; fill it anew"):
-        graphopt.transform(on_meta(lambda: WithTable(5)), [LayerToLayer(store="disk", store_path=tmp_path / "plain")])
 
 
 def test_errors_are_of_graphopt():

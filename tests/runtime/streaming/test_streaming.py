@@ -6,21 +6,15 @@ import functools
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, AdamW, RMSprop
+from torch.optim import SGD, AdamW
 
 import graphopt
 from graphopt.annotations import SUM_GRAD_SQUARED, find
-from graphopt.errors import OptionError, StoreError, StreamError
-from graphopt.optim import TGAdamW
+from graphopt.errors import StreamError
 from graphopt.passes import LayerToLayer, TrueGrad
-from graphopt.runtime.stores import StoredTensor
 from tests.layered_models import MODELS, D, N, SecondAxis, Stack, T, ids, scalar
 from tests.models import Block
-
-CLOSE = {"atol": 1e-11, "rtol": 1e-9}
-MOMENTUM = functools.partial(
-    SGD, lr=1e-2, momentum=0.9
-)  # Adam would make a step of what is left of a gradient that is zero
+from tests.runtime.streaming.sides import CLOSE, MOMENTUM, Dropped
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -96,18 +90,6 @@ def test_samples_on_the_second_axis(pair):
     sides.backward()
     sides.assert_gradients_equal(**CLOSE)
     assert not [note for note in graphopt.records(sides.model)[0].results[-1].notes if "whole batch" in note]
-
-
-class Dropped(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Dropout(0.4)) for _ in range(3))
-        self.attention = nn.MultiheadAttention(D, 2, dropout=0.3, batch_first=True)
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = x + layer(x)
-        return self.attention(x, x, x, need_weights=False)[0]
 
 
 @pytest.mark.parametrize(("compiler", "microbatch_size"), [("eager", None), ("eager", 2), ("inductor", 2)])
@@ -186,195 +168,6 @@ def test_parts_of_the_output(pair):
     sides.assert_gradients_equal(**CLOSE)
 
 
-OPTIMIZERS = {
-    "SGD": lambda params: SGD(params, lr=0.1),
-    "SGD with momentum": lambda params: SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
-    "Adam": lambda params: Adam(params, lr=1e-2, amsgrad=True),
-    "AdamW fused": lambda params: AdamW(params, lr=1e-2, fused=True),
-    "AdamW foreach": lambda params: AdamW(params, lr=1e-2, foreach=True, maximize=True),
-    "RMSprop": lambda params: RMSprop(params, lr=1e-2, momentum=0.5),
-    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=1e-2),
-    "Adafactor": lambda params: torch.optim.Adafactor(params, lr=1e-2),
-}
-
-
-@pytest.mark.parametrize("store", ["cpu", "disk"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers(pair, name, store):
-    sides = pair("transformer", store=store)
-    for _ in sides.train(OPTIMIZERS[name], steps=3):
-        pass
-    sides.assert_equal(**CLOSE)
-
-
-def test_truegrad_optimizer(pair):
-    sides = pair("transformer", before=[TrueGrad()], store="disk")
-    graphopt.transform(sides.plain, [TrueGrad()], compiler="eager")
-    for _ in sides.train(functools.partial(TGAdamW, lr=1e-2), steps=3):
-        pass
-    sides.assert_equal(**CLOSE)
-
-
-def test_groups_and_a_scheduler(pair):
-    sides = pair("transformer", store="disk")
-
-    def make(params):
-        params = list(params)
-        optimizer = AdamW([{"params": params[:3], "lr": 1e-3}, {"params": params[3:-2]}], lr=1e-2)
-        return optimizer
-
-    optimizers = make(sides.model.parameters()), make(sides.plain.parameters())
-    schedulers = [torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=3) for optimizer in optimizers]
-    for _ in range(3):
-        sides.backward()
-        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-    sides.assert_equal(**CLOSE)
-
-
-def test_closure(pair):
-    sides = pair("transformer", store="cpu")
-    losses = []
-    for side in (sides.model, sides.plain):
-        optimizer = AdamW(side.parameters(), lr=1e-2)
-
-        def closure(side=side, optimizer=optimizer):
-            optimizer.zero_grad()
-            loss = scalar(side(**sides.kwargs))
-            loss.backward()
-            return loss
-
-        losses.append([optimizer.step(closure).item() for _ in range(2)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
-    sides.assert_equal(**CLOSE)
-
-
-def test_accumulation_and_clipping(pair):
-    sides = pair("transformer", store="disk", microbatch_size=2)
-    optimizers = [AdamW(side.parameters(), lr=1e-2) for side in (sides.model, sides.plain)]
-    for _ in range(2):
-        sides.backward()
-        sides.backward(0.5)
-        norms = [nn.utils.clip_grad_norm_(side.parameters(), 0.3) for side in (sides.model, sides.plain)]
-        torch.testing.assert_close(*norms, **CLOSE)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    sides.assert_equal(**CLOSE)
-
-
-def test_clipping_rescales_the_statistic(pair):
-    sides = pair("transformer", before=[TrueGrad()], store="disk")
-    sides.backward()
-    before = [param.sum_grad_squared.cpu() for param in sides.model.parameters()]
-    nn.utils.clip_grad_norm_(sides.model.parameters(), 1e-2)
-    norm = nn.utils.get_total_norm([param.grad for param in sides.plain.parameters()])
-    for param, square in zip(sides.model.parameters(), before, strict=True):
-        torch.testing.assert_close(
-            param.sum_grad_squared.cpu(), square * (1e-2 / (norm + 1e-6)) ** 2, atol=0, rtol=1e-6
-        )
-
-
-def test_grad_scaler(pair):
-    sides = pair("transformer", store="disk")
-    optimizers = [AdamW(side.parameters(), lr=1e-2) for side in (sides.model, sides.plain)]
-    scalers = [torch.amp.GradScaler("cpu", init_scale=64.0) for _ in range(2)]
-    for side, optimizer, scaler in zip((sides.model, sides.plain), optimizers, scalers, strict=True):
-        scaler.scale(scalar(side(**sides.kwargs))).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    sides.assert_equal(**CLOSE)
-
-
-@pytest.mark.parametrize("store", ["cpu", "disk"])
-@pytest.mark.parametrize("name", ["transformer", "encoder_decoder", "frozen_layers"])
-def test_eager(pair, store, name):
-    """Updates during backward: the same numbers."""
-    sides = pair(name, store=store, microbatch_size=2, eager=True)
-    for found, expected in sides.train(MOMENTUM, steps=4):
-        torch.testing.assert_close(found, expected, **CLOSE)
-    sides.assert_equal(**CLOSE)
-    assert graphopt.stream(sides.model).step == 4
-
-
-def test_eager_with_statistics(pair):
-    sides = pair("transformer", before=[TrueGrad()], store="disk", eager=True)
-    graphopt.transform(sides.plain, [TrueGrad()], compiler="eager")
-    for _ in sides.train(functools.partial(TGAdamW, lr=1e-2), steps=4):
-        pass
-    sides.assert_equal(**CLOSE)
-
-
-def test_eager_refuses_what_it_cannot_do(pair):
-    sides = pair("transformer", store="cpu", eager=True)
-    values = {name: value.cpu() for name, value in sides.model.state_dict().items()}
-    sides.backward()
-    with pytest.raises(StreamError, match="gradient is used up before a norm over all of them"):
-        nn.utils.clip_grad_norm_(sides.model.parameters(), 1.0)
-    scaler, optimizer = torch.amp.GradScaler("cpu"), AdamW(sides.model.parameters())
-    scaler.scale(torch.ones(()))
-    with pytest.raises(StreamError, match="GradScaler"):
-        scaler.unscale_(optimizer)
-    with pytest.raises(StreamError, match="gradients cannot be accumulated over several backward passes"):
-        sides.backward()
-    for name, value in sides.model.state_dict().items():
-        assert torch.equal(value.cpu(), values[name]), name
-    optimizer.step()
-    optimizer.zero_grad()
-    first, second = scalar(sides.model(**sides.kwargs)), scalar(sides.model(**sides.kwargs))
-    with pytest.raises(StreamError, match="backward passes of 1 other calls of the model"):
-        first.backward()
-    del second
-
-
-def test_unknown_optimizers(pair):
-    sides = pair("transformer", store="cpu")
-    sides.backward()
-    with pytest.raises(OptionError, match="LBFGS is not known to update each parameter by itself"):
-        torch.optim.LBFGS(sides.model.parameters()).step(lambda: torch.zeros(()))
-
-    class Own(torch.optim.Optimizer):
-        updates_each_parameter_alone = True
-
-        def __init__(self, params):
-            super().__init__(params, {"lr": 0.1})
-
-        @torch.no_grad()
-        def step(self, closure=None):
-            for group in self.param_groups:
-                for param in group["params"]:
-                    if param.grad is not None:
-                        param.sub_(group["lr"] * param.grad)
-
-    Own(sides.model.parameters()).step()
-    SGD(sides.plain.parameters(), lr=0.1).step()
-    sides.assert_equal(**CLOSE)
-
-
-def test_a_failing_step_changes_nothing(pair):
-    """On disk a step that fails on the way is as if it had not begun."""
-    sides = pair("transformer", store="disk")
-    for _ in sides.train(functools.partial(AdamW, lr=1e-2), steps=1):
-        pass
-
-    class Fails(SGD):
-        updates_each_parameter_alone = True
-
-        def step(self, closure=None):
-            if any(param.shape == (11,) for group in self.param_groups for param in group["params"]):
-                raise ZeroDivisionError("on purpose")
-            return SGD.step.__wrapped__(self)
-
-    values = {name: value.cpu() for name, value in sides.model.state_dict().items()}
-    sides.backward()
-    with pytest.raises(ZeroDivisionError):
-        Fails(sides.model.parameters(), lr=1.0).step()
-    for name, value in sides.model.state_dict().items():
-        assert torch.equal(value.cpu(), values[name]), name
-
-
 def test_one_layer_at_a_time(tmp_path):
     """At most ``1 + prefetch`` layers are in memory in forward and backward."""
     torch.manual_seed(0)
@@ -395,43 +188,6 @@ def test_one_layer_at_a_time(tmp_path):
         assert store.bytes_read == 12 * layer
         assert store.peak_resident_bytes <= (1 + prefetch + 2) * layer  # and gradients on their way out
         graphopt.stream(streamed).close()
-
-
-def test_husks(pair):
-    """The parameters stay what they are, but for their values."""
-    torch.manual_seed(0)
-    model = Stack([Block(D)])
-    before = {name: id(param) for name, param in model.named_parameters()}
-    graphopt.transform(model, [LayerToLayer(store="cpu")], compiler="eager")
-    assert {name: id(param) for name, param in model.named_parameters()} == before
-    weight = model.head.weight
-    assert (weight.shape, weight.dtype, weight.device.type) == ((11, D), torch.float32, "cpu")
-    assert weight.untyped_storage().nbytes() == 4
-    assert weight.isnan().all()
-    assert isinstance(graphopt.stream(model).value("head.weight"), StoredTensor)
-    model(ids())
-    assert weight.stage.store == "cpu"
-    with pytest.raises(
-        RuntimeError, match="more than one element of the written-to tensor refers to a single memory location"
-    ):
-        weight.data.normal_()
-    nn.init.zeros_(weight)  # which torch lets pass
-    with pytest.raises(StreamError, match=r"head\.weight was given a value of its own"):
-        model(ids())
-
-
-def test_restore_brings_everything_back(pair):
-    sides = pair("transformer", store="disk")
-    optimizers = [AdamW(side.parameters(), lr=1e-2) for side in (sides.model, sides.plain)]
-    for number in range(4):
-        if number == 2:
-            graphopt.restore(sides.model)
-            assert all(param.untyped_storage().nbytes() == param.nbytes for param in sides.model.parameters())
-        sides.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    sides.assert_equal(**CLOSE)
 
 
 def test_no_grad_and_eval(pair):
@@ -461,67 +217,6 @@ def test_places_for_the_stash(pair, stash):
     sides = pair("mask_table_and_skip", store="disk", microbatch_size=2, stash=stash)
     sides.backward()
     sides.assert_gradients_equal(**CLOSE)
-
-
-def test_resume(tmp_path):
-    """A second process (here: a second model) goes on where the first has stopped, with dropout, momentum and a scheduler's rate."""
-
-    def build(resume):
-        torch.manual_seed(0)
-        model = Dropped().double()
-        passes = [LayerToLayer(store="disk", store_path=tmp_path / "store", microbatch_size=2, resume=resume)]
-        graphopt.transform(model, passes, compiler="eager")
-        return model, SGD(model.parameters(), lr=0.1 if resume else 0.05, momentum=0.9)
-
-    x = torch.randn(N, T, D, dtype=torch.float64)
-
-    def train(model, optimizer, steps):
-        losses = []
-        for _ in range(steps):
-            loss = scalar(model(x))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
-
-    model, optimizer = build(resume=False)
-    train(model, optimizer, 2)
-    scalar(model(x)).backward()  # an unfinished step
-    graphopt.stream(model).close()
-    with pytest.raises(
-        StreamError, match=r"the store of this model is closed. Call graphopt.transform again, with resume=True"
-    ):
-        model(x)
-
-    with pytest.raises(StoreError, match="holds a store already, and the model has values of its own"):
-        build(resume=False)
-    model, optimizer = build(resume=True)
-    scalar(model(x)).backward()
-    with pytest.raises(StoreError, match=r"Call graphopt.stream\(model\).resume\(optimizer\) before the first step"):
-        optimizer.step()
-    optimizer.zero_grad()
-    with pytest.raises(StoreError, match="holds the state of other optimizers"):
-        graphopt.stream(model).resume(AdamW(model.parameters()))
-    assert graphopt.stream(model).resume(optimizer) == 2
-    assert optimizer.param_groups[0]["lr"] == 0.05
-    resumed = train(model, optimizer, 2)
-    graphopt.stream(model).close()
-
-    path = tmp_path / "whole"
-    torch.manual_seed(0)
-    model = Dropped().double()
-    graphopt.transform(model, [LayerToLayer(store="disk", store_path=path, microbatch_size=2)], compiler="eager")
-    assert train(model, SGD(model.parameters(), lr=0.05, momentum=0.9), 4)[2:] == resumed
-    graphopt.stream(model).close()
-
-
-def test_a_store_of_another_model(tmp_path):
-    options = {"store": "disk", "store_path": tmp_path / "store"}
-    model = graphopt.transform(nn.Linear(3, 2), [LayerToLayer(**options)], compiler="eager")
-    graphopt.stream(model).close()
-    with pytest.raises(StoreError, match="weight"):
-        graphopt.transform(nn.Linear(3, 4), [LayerToLayer(**options, resume=True)], compiler="eager")
 
 
 REFUSED = {
