@@ -8,6 +8,7 @@ import ctypes
 import functools
 import importlib
 import logging
+import os
 import re
 import sys
 import threading
@@ -265,7 +266,8 @@ def large_blocks_apart() -> Iterator[None]:
     """Let glibc take blocks of a megabyte and more from the system, and give them back when they are freed.
 
     Otherwise a small block that lives on lies between large ones that are freed, none of which fits the next: the heap grows.
-    Afterwards the limits are those that glibc ends up with by itself in a process that frees large blocks.
+    Afterwards the limits are those that glibc ends up with by itself in a process that frees large blocks. Limits that the user
+    has set (``MALLOC_MMAP_THRESHOLD_``) stay.
     """
     mallopt = _mallopt()
     if mallopt is None:  # another allocator
@@ -287,7 +289,9 @@ def large_blocks_apart() -> Iterator[None]:
 
 @functools.cache
 def _mallopt() -> Callable[[int, int], int] | None:
-    return getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    """glibc's function; ``None`` if there is none, or if the user has set the limits."""
+    chosen = "MALLOC_MMAP_THRESHOLD_" in os.environ or "malloc.mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
+    return None if chosen or sys.platform != "linux" else getattr(ctypes.CDLL(None), "mallopt", None)
 
 
 def uses_onednn() -> bool:

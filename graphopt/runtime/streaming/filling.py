@@ -64,7 +64,7 @@ def fill_store(
     _check(model, dtype)
     tie_again(model)
     filling = _Filling(model, torch.device(device))
-    with swappable(model), torch.no_grad():
+    with _compat.large_blocks_apart(), swappable(model), torch.no_grad():
         try:
             filling.convert(dtype)
             source = None if checkpoint is None else Checkpoint(checkpoint)
