@@ -171,8 +171,8 @@ def test_parts_of_the_output(pair):
 def test_one_layer_at_a_time(tmp_path):
     """At most ``1 + prefetch`` layers are in memory in forward and backward."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(512, 512), nn.Tanh()) for _ in range(6)))
-    layer = 512 * 512 * 4 + 4096  # the bias takes a page
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(1024, 1024), nn.Tanh()) for _ in range(6)))
+    layer = 1024 * 1024 * 4 + 4096  # the bias takes a page
     for prefetch in (0, 1, 2):
         path = tmp_path / f"store{prefetch}"
         passes = [LayerToLayer(store="disk", store_path=path, stash="device", prefetch=prefetch)]
@@ -180,13 +180,13 @@ def test_one_layer_at_a_time(tmp_path):
         store = graphopt.stream(streamed).store
         store.flush()
         store.reset_counters()
-        loss = streamed(torch.randn(3, 512)).square().sum()
+        loss = streamed(torch.randn(3, 1024)).square().sum()
         assert store.peak_resident_bytes == (1 + prefetch) * layer
         assert store.bytes_read == 6 * layer
         loss.backward()
         store.flush()
         assert store.bytes_read == 12 * layer
-        assert store.peak_resident_bytes <= (1 + prefetch + 2) * layer  # and gradients on their way out
+        assert store.peak_resident_bytes <= (1 + prefetch + 2) * layer  # and 8 MiB of gradients on their way out
         graphopt.stream(streamed).close()
 
 
