@@ -43,7 +43,9 @@ def test_quick_form_names_only_examples_that_exist() -> None:
 
 def test_train_larger_than_memory_trains_what_plain_pytorch_cannot() -> None:
     printed = run("train_larger_than_memory.py")[0].stdout
-    needed, limit = (int(re.search(pattern, printed)[1]) for pattern in (r": (\d+) MB with gradients", r"limit: (\d+) MB"))
+    needed, limit = (
+        int(re.search(pattern, printed)[1]) for pattern in (r": (\d+) MB with gradients", r"limit: (\d+) MB")
+    )
     assert limit < needed
     assert re.search(r"^plain PyTorch: .*memory", printed, re.MULTILINE)
     assert printed.endswith("plain PyTorch ran out of memory; graphopt trained\n")
