@@ -128,9 +128,13 @@ class OptimizerSteps:
         self._free_buffers()
 
     def _free_buffers(self) -> None:
-        """Between the layers and the optimizer's step, which uses other sizes; not those that it takes long to pin."""
+        """Between the layers and the optimizer's step, which uses other sizes; not those that it takes long to pin.
+
+        Without it what each phase frees would add to the peak of the next.
+        """
         if self._stream.device.type == "cpu":
             self.store.trim()
+            _compat.return_freed_memory()
 
     def _undo(self) -> None:
         """A step failed on the way: a disk store goes back to the last step that was finished, one in memory cannot."""

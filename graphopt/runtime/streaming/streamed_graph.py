@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -74,6 +75,7 @@ class StreamedGraph:
         self._grad_enabled = graph.grad_enabled
         self._owners = dict(stages)
         self._output_axes = graph.output_sample_axes
+        self._is_new = True
         expose()
 
     def matters(self, prepared: Prepared) -> bool:
@@ -83,6 +85,10 @@ class StreamedGraph:
     def __call__(self, *args: Any) -> list[Any]:
         """Run the graph on Dynamo's flat arguments."""
         BoundGraph.num_calls += 1
+        if self._is_new:  # what tracing the whole model has left, before memory is taken for its layers
+            self._is_new = False
+            gc.collect()
+            _compat.return_freed_memory()
         for position, stage in self._owners.items():
             attach(args[position], STAGE, stage)
         needs_grad = torch.is_grad_enabled() and self._grad_enabled and any(_requires_grad(value) for value in args)
