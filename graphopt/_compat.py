@@ -301,7 +301,7 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 @functools.cache
 def _mallopt() -> Callable[[int, int], int] | None:
-    """glibc's function; ``None`` if there is none, or if the user has set the limits."""
+    """The function of glibc; ``None`` if there is none, or if the user has set the limits."""
     chosen = "MALLOC_MMAP_THRESHOLD_" in os.environ or "malloc.mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
     return None if chosen or sys.platform != "linux" else getattr(ctypes.CDLL(None), "mallopt", None)
 
