@@ -59,14 +59,13 @@ def fit_for_streaming(graph: CapturedGraph, found: Sequence[Segment]) -> list[Se
 
 def _balanced(graph: CapturedGraph, segment: Segment, limit: int) -> list[Segment]:
     """Cut a segment at its narrowest points, so that no part has more than ``limit`` bytes of parameters."""
-    nodes, width = segment.nodes, _widths(segment.nodes)
+    nodes, width, inside = segment.nodes, _widths(segment.nodes), _inside_results(segment.nodes)
     reads = [parameters_of(graph, Segment("", [node])) for node in nodes]
     cuts, held = [0], set[Node]()
     for position in range(len(nodes)):
         together = held.union(reads[position])
         if held and sum(bytes_of(node.meta["val"]) for node in together) > limit:
-            # Results of one operator stay with it.
-            places = [at for at in range(cuts[-1] + 1, position + 1) if nodes[at].target is not operator.getitem]
+            places = [at for at in range(cuts[-1] + 1, position + 1) if at not in inside]
             if places:
                 cuts.append(min(places, key=lambda at: (width[at], -at)))
                 together = {node for own in reads[cuts[-1] : position + 1] for node in own}
@@ -76,6 +75,16 @@ def _balanced(graph: CapturedGraph, segment: Segment, limit: int) -> list[Segmen
         Segment(f"{segment.name}, part {number}", nodes[first:last])
         for number, (first, last) in enumerate(zip(cuts, ends, strict=True), 1)
     ]
+
+
+def _inside_results(nodes: Sequence[Node]) -> set[int]:
+    """The positions between an operator with several results and where they are taken apart: only tensors pass a boundary."""
+    position = {node: index for index, node in enumerate(nodes)}
+    found: set[int] = set()
+    for node, index in position.items():
+        if node.target is operator.getitem:
+            found.update(range(position.get(node.all_input_nodes[0], index - 1) + 1, index + 1))
+    return found
 
 
 def _widths(nodes: Sequence[Node]) -> list[int]:
