@@ -9,6 +9,7 @@ from graphopt import nn as nn
 from graphopt import optim as optim
 from graphopt import passes as passes
 from graphopt.errors import GraphoptError as GraphoptError
+from graphopt.initialization.grad_init_wrapper import GradInitWrapper as GradInitWrapper
 from graphopt.inspect.report import Report as Report
 from graphopt.inspect.report import explain as explain
 from graphopt.nn.patching import patch_model as patch_model

@@ -87,6 +87,28 @@ def __getattr__(name: str) -> Any:
     return value
 
 
+def aot_export_joint(function: Callable[..., Any], args: tuple[Any, ...]) -> torch.fx.GraphModule:
+    """A function and its derivative as one graph of plain operators: (inputs, tangents) -> (outputs, gradients).
+
+    Read in torch 2.13: ``aot_export_joint_simple`` returns a GraphModule that takes and returns flat lists.
+    """
+    from torch._functorch.aot_autograd import aot_export_joint_simple
+
+    joint = aot_export_joint_simple(function, args, trace_joint=True)
+    assert isinstance(joint, torch.fx.GraphModule)
+    return joint
+
+
+def min_cut_partition(
+    joint: torch.fx.GraphModule, num_outputs: int
+) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
+    """Forward and backward of a joint graph: saved values are the last outputs of the one and the first inputs of the other."""
+    from functorch.compile import min_cut_rematerialization_partition
+
+    forward, backward = min_cut_rematerialization_partition(joint, None, num_fwd_outputs=num_outputs)
+    return forward, backward
+
+
 def restart_capture(reason: str) -> Exception:
     """What a backend raises to have the frame traced again.
 

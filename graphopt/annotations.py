@@ -150,6 +150,22 @@ STAGE: Key[Stage] = Key(
     doc="The region of the graph that owns the parameter, once the model has been called; it stays until it is set anew.",
     is_lasting=True,
 )
+INIT_SCALE: Key[Tensor] = Key(
+    name="init_scale",
+    shape="(); float32, or float64 for float64 parameters",
+    unit="none",
+    provider="the pass GradInit: graphopt.GradInitWrapper(model) or graphopt.learn_init(model, ...)",
+    doc="The scalar that multiplies the parameter while its initialisation is learned; afterwards, the one that was multiplied in.",
+    is_lasting=True,
+)
+INIT_PROBE: Key[Tensor] = Key(
+    name="init_probe",
+    shape="that of the parameter, without memory",
+    unit="that of the parameter",
+    provider=INIT_SCALE.provider,
+    doc="Zeros that are added to the scaled parameter while its initialisation is learned, to receive its gradient.",
+    is_lasting=True,
+)
 KEYS: tuple[Key[Any], ...] = (
     SUM_GRAD_SQUARED,
     NUM_SAMPLES,
@@ -158,6 +174,7 @@ KEYS: tuple[Key[Any], ...] = (
     GRAD_VARIANCE,
     GRAD_SNR,
     STAGE,
+    INIT_SCALE,
 )
 
 
@@ -289,6 +306,12 @@ def attach(param: Tensor, key: Key[Value], value: Value) -> None:
     """
     assert key.is_lasting, key.name
     _lasting.setdefault(param, {})[key.name] = value
+
+
+def remove(param: Tensor, key: Key[Any]) -> None:
+    """Take back a lasting annotation, if it is set."""
+    assert key.is_lasting, key.name
+    _lasting.get(param, {}).pop(key.name, None)
 
 
 def clear(params: Iterable[Tensor]) -> None:

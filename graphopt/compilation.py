@@ -17,6 +17,7 @@ from graphopt.regions import Region, has_boundaries, split, stages_of
 from graphopt.runtime.region_program import RegionProgram
 from graphopt.runtime.streaming.stream import Stream
 from graphopt.runtime.streaming.streamed_graph import StreamedGraph
+from graphopt.second_order import compile_twice_differentiable
 
 Compiler = Literal["inductor", "aot_eager", "eager"]
 
@@ -44,7 +45,7 @@ def compile_graph(
     if has_boundaries(graph):
         regions = split(graph)
         return RegionProgram(graph, regions, compile_regions(regions, compiler, passes, config))
-    return _compile_one(graph.copy().graph_module, graph.fake_inputs, compiler, passes, config)
+    return _compile(graph.copy().graph_module, graph.fake_inputs, compiler, passes, config)
 
 
 def stream_graph(
@@ -71,8 +72,23 @@ def compile_regions(
     compiled: dict[str, Callable[..., Any]] = {}
     for region in regions:
         if region.structure not in compiled:
-            compiled[region.structure] = _compile_one(region.graph_module, region.fake_inputs, compiler, passes, config)
+            compiled[region.structure] = _compile(region.graph_module, region.fake_inputs, compiler, passes, config)
     return compiled
+
+
+def _compile(
+    module: GraphModule,
+    fake_inputs: Sequence[Any],
+    compiler: str,
+    passes: Sequence[Pass],
+    config: Mapping[str, Any] | None,
+) -> Callable[..., Any]:
+    """A region as its passes need it: differentiable once, or twice."""
+    if compiler == "eager" or not any(item.differentiates_twice for item in passes):
+        return _compile_one(module, fake_inputs, compiler, passes, config)
+    return compile_twice_differentiable(
+        module, fake_inputs, lambda part, fakes: _compile_one(part, fakes, compiler, passes, config)
+    )
 
 
 def _compile_one(

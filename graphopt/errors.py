@@ -43,3 +43,11 @@ class UncapturedParameter(UserWarning):
 
 class UncapturedCall(UserWarning):
     """A call of a transformed model ran outside any captured graph: right results, but no pass had any effect."""
+
+
+class InitError(GraphoptError, RuntimeError):
+    """No initialisation can be learned from what the model computes: gradients that underflow, or are not finite."""
+
+
+class MixedPrecisionInit(UserWarning):
+    """An initialisation is learned under autocast, where second derivatives lose digits."""

@@ -137,6 +137,11 @@ class Pass(ABC):
         return False
 
     @property
+    def differentiates_twice(self) -> bool:
+        """Whether the gradient of the graph is going to be differentiated, which a compiler must be told."""
+        return False
+
+    @property
     def streaming(self) -> Streaming | None:
         """How the graph's regions are streamed, for the pass that makes them."""
         return None

@@ -11,7 +11,7 @@ import time
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -61,9 +61,9 @@ _numbers = itertools.count()
 
 def default_passes() -> list[Pass]:
     """The passes that run when none are given."""
-    from graphopt.passes import LayerToLayer, TrueGrad
+    from graphopt.passes import GradInit, LayerToLayer, TrueGrad
 
-    return [TrueGrad(), LayerToLayer()]
+    return [GradInit(), TrueGrad(), LayerToLayer()]
 
 
 def transform(
@@ -81,7 +81,7 @@ def transform(
 
     Args:
         model: any module. A model that is transformed already is transformed anew.
-        passes: pass objects or names, in order; the default is ``[TrueGrad(), LayerToLayer()]``; ``[]`` compiles without
+        passes: pass objects or names, in order; the default is ``[GradInit(), TrueGrad(), LayerToLayer()]``; ``[]`` compiles without
             rewriting. ``LayerToLayer(store=...)`` moves the model's values into a store (`stream`).
         compiler: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         dynamic: as in ``torch.compile``. The sample axis is dynamic in any case, so a ragged last batch needs no recompile.
@@ -153,6 +153,12 @@ def stream(model: nn.Module) -> Stream:
 def is_transformed(model: nn.Module) -> bool:
     """Whether `transform` serves the model."""
     return isinstance(data_parallel.unwrap(model).__dict__.get(HANDLE), _Handle)
+
+
+def handle_of(model: nn.Module) -> _Handle | None:
+    """What `transform` has put into the model, if it has."""
+    handle = data_parallel.unwrap(model).__dict__.get(HANDLE)
+    return handle if isinstance(handle, _Handle) else None
 
 
 def setup_of(model: nn.Module) -> Setup:
@@ -400,6 +406,7 @@ class _Handle:
         self._units: list[nn.Module] = []
         self.num_samples: int | None = None  # of the running call, if the model is compiled in parts
         self.stream: Stream | None = None
+        self.detour: Callable[..., Any] | None = None  # what calls of the model run instead, while scales are learned
 
     def attach(self, model: nn.Module, *, in_units: bool = False) -> None:
         self.detach(model)
@@ -450,6 +457,20 @@ class _Handle:
             stream, self.stream = self.stream, None
             stream.restore()
 
+    def compile_detour(self, model: nn.Module, passes: Sequence[Pass]) -> Callable[..., Any]:
+        """The model's call compiled with other passes; sizes are fixed, and nothing is asked of the samples."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return model._call_impl(*args, **kwargs)
+
+        compiled = self._compile(model, call, dataclasses.replace(self.setup, passes=tuple(passes)))
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with capture_settings(has_passes=True), _own_errors():
+                return compiled(*args, **kwargs)
+
+        return run
+
     def _compile(self, model: nn.Module, call: Callable[..., Any], setup: Setup) -> Callable[..., Any]:
         own_model, own_handle = weakref.ref(model), weakref.ref(self)  # Dynamo keeps backends for ever
 
@@ -487,6 +508,18 @@ class _Handle:
         return f"_Handle(passes={[item.name for item in self.setup.passes]}, {len(self.records)} graphs)"
 
 
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """Let errors of passes and compilation through as they are; Dynamo wraps them."""
+    try:
+        yield
+    except _compat.BackendCompilerFailed as error:
+        inner = error.inner_exception
+        if isinstance(inner, GraphoptError):
+            raise inner from inner.__cause__
+        raise
+
+
 def _limit_for(num_alike: int) -> contextlib.AbstractContextManager[Any]:
     """Parts that share a code object share Dynamo's limit of recompilations, and each may need graphs of its own."""
     if num_alike == 1:
@@ -516,6 +549,8 @@ def _entry(
             handle.attach(model, in_units=True)  # fully_shard came after transform
             return model(*args, **kwargs)
         called = True
+        if handle.detour is not None:
+            return handle.detour(*args, **kwargs)
         if setup.needs_samples and is_unit and isinstance(axis, int):
             mark_passed_on(args, kwargs, axis, handle.num_samples)
         if setup.needs_samples and not is_unit:
@@ -525,14 +560,8 @@ def _entry(
         before = BoundGraph.num_calls
         if handle.stream is not None:
             handle.stream.begin_call()
-        try:
-            with capture_settings(has_passes=bool(setup.passes)), _limit_for(num_alike):
-                outputs = compiled(*args, **kwargs)
-        except _compat.BackendCompilerFailed as error:
-            inner = error.inner_exception
-            if isinstance(inner, GraphoptError):
-                raise inner from inner.__cause__
-            raise
+        with capture_settings(has_passes=bool(setup.passes)), _limit_for(num_alike), _own_errors():
+            outputs = compiled(*args, **kwargs)
         if handle.stream is not None:
             handle.stream.end_call(outputs)
         if BoundGraph.num_calls == before and not warned and any(True for _ in model.parameters()):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graphopt import _compat
-from graphopt.annotations import SAMPLE_GRAD_NORM, STAGE, Stage, attach, expose
+from graphopt.annotations import SAMPLE_GRAD_NORM, STAGE, Stage, attach, expose, get
 from graphopt.capture import CapturedGraph, InputKind, set_sample_axis
 from graphopt.runtime import data_parallel
 from graphopt.runtime.statistics import Entry, Statistic, enter_backward
@@ -40,6 +40,7 @@ class BoundGraph:
             for described in companions
             if described.companion_of is not None and described.annotation is not None
         ]
+        self._has_statistics = any(not key.is_lasting for _, key, _ in self._companions)
         self._names = [described.name for described in graph.inputs]
         self._output_axes = graph.output_sample_axes
         self._stages = dict(stages or {})
@@ -51,7 +52,7 @@ class BoundGraph:
     def __call__(self, *args: Any) -> Any:
         """Run the graph on Dynamo's flat arguments."""
         BoundGraph.num_calls += 1
-        if self._companions:
+        if self._has_statistics:
             data_parallel.enter_forward()
         self._attach_stages(args)
         companions, entries = self._bind(args)
@@ -79,6 +80,9 @@ class BoundGraph:
         companions: list[Tensor] = []
         entries: dict[int, Entry] = {}
         for position, key, count in self._companions:
+            if key.is_lasting:  # it belongs to the parameter, and not to its gradient
+                companions.append(get(args[position], key))
+                continue
             num_samples = count(args)
             if position in entries:
                 statistic = entries[position].statistic

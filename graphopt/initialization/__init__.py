@@ -1,0 +1,1 @@
+"""Learn how large each parameter should be before training starts."""

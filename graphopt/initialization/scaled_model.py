@@ -1,0 +1,137 @@
+"""A model with scales as it is called: eagerly, in graphs of `graphopt.transform`, or by several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from graphopt.errors import OptionError, StreamError
+from graphopt.initialization.scales import Scales
+from graphopt.passes import GradInit, LayerToLayer
+from graphopt.pipeline import Pass
+from graphopt.runtime import data_parallel, fully_sharded
+from graphopt.transform import HANDLE, handle_of
+
+
+class ScaledModel:
+    """Scales on a model, until `detach`.
+
+    Args:
+        model: a module, also a transformed one, or one in ``DistributedDataParallel``.
+        in_graphs: whether a transformed model is called in graphs; else as it was written.
+
+    Attributes:
+        model: the module itself.
+        scales: see there.
+        group: the processes that share the model, if there are several.
+
+    Raises:
+        OptionError: this kind of model cannot be scaled.
+        StreamError: its layers are streamed from a store.
+    """
+
+    def __init__(self, model: nn.Module, *, in_graphs: bool = True) -> None:
+        if not isinstance(model, nn.Module):
+            raise OptionError(f"an initialisation is learned for a torch.nn.Module, not for {type(model).__name__}")
+        inner = data_parallel.unwrap(model)
+        _check(inner)
+        self.scales = Scales(inner)
+        self.model = inner
+        self.group: Any = None
+        self._ddp: DistributedDataParallel | None = None
+        if isinstance(model, DistributedDataParallel):
+            self._ddp, self._synchronised = model, model.require_backward_grad_sync
+            model.require_backward_grad_sync = False  # its reducer waits for gradients of the parameters
+            if dist.get_world_size(model.process_group) > 1:
+                self.group = model.process_group
+        self._hooks = [scale.register_post_accumulate_grad_hook(self._average) for scale in self.scales.scales]
+        self._handle = handle_of(inner)
+        if self._handle is not None:
+            self._scaled = self._in_graph(GradInit(awake=True)) if in_graphs else self._eagerly
+            self._unscaled = self._in_graph() if in_graphs else self._eagerly
+            self._handle.detour = self._scaled
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the model has its scales still."""
+        return self.scales.is_attached
+
+    @property
+    def saw_autocast(self) -> bool:
+        """Whether the model was called under autocast."""
+        return self.scales.saw_autocast
+
+    @contextmanager
+    def unscaled(self) -> Iterator[None]:
+        """Within, the model computes with its parameters as they are, compiled as for ordinary training."""
+        with self.scales.as_written():
+            if self._handle is not None:
+                self._handle.detour = self._unscaled
+            try:
+                yield
+            finally:
+                if self._handle is not None:
+                    self._handle.detour = self._scaled
+
+    def average(self, values: Tensor) -> Tensor:
+        """The mean over all processes, in place."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+            values.div_(dist.get_world_size(self.group))
+        return values
+
+    def detach(self, *, fold: bool) -> None:
+        """Give the model back; ``fold`` as in `Scales.detach`."""
+        if not self.is_attached:
+            return
+        self.scales.detach(fold=fold)
+        for hook in self._hooks:
+            hook.remove()
+        if self._handle is not None:
+            self._handle.detour = None
+        if self._ddp is not None:
+            self._ddp.require_backward_grad_sync = self._synchronised
+
+    def _average(self, scale: Tensor) -> None:
+        if scale.grad is not None:
+            self.average(scale.grad)
+
+    def _in_graph(self, *passes: Pass) -> Callable[..., Any]:
+        """A compiled call of the model with these passes, layers compiled once as the model's own passes say."""
+        assert self._handle is not None
+        regions = [item for item in self._handle.setup.passes if isinstance(item, LayerToLayer)]
+        compiled = self._handle.compile_detour(self.model, [*passes, *regions])
+        scales = self.scales
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            scales.note_autocast()
+            with scales.as_written():
+                return compiled(*args, **kwargs)
+
+        return call
+
+    def _eagerly(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model._call_impl(*args, **kwargs)
+
+
+def _check(model: nn.Module) -> None:
+    kind = type(model).__name__
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise OptionError(
+            "torch.compile's modules are differentiable once, and GradInit differentiates twice: wrap the module itself "
+            "(model._orig_mod) and call that inside the block, or use graphopt.transform(model) instead of torch.compile"
+        )
+    if fully_sharded.is_sharded(model):
+        raise OptionError(f"{kind} is sharded: learn its initialisation before fully_shard(model)")
+    handle = vars(model).get(HANDLE)
+    if handle is not None and getattr(handle, "stream", None) is not None:
+        raise StreamError(
+            f"the layers of {kind} are streamed from a store, layer by layer, and GradInit needs all of them at once: learn "
+            "the initialisation of a smaller model, or before graphopt.transform(model, [LayerToLayer(store=...)])"
+        )

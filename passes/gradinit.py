@@ -1,0 +1,164 @@
+"""The pass ``GradInit``: one scale in front of every parameter, asleep until somebody learns it.
+
+The graph before, and after the pass is awake (`graphopt.GradInitWrapper` and `graphopt.learn_init` wake it):
+
+>>> import torch, graphopt
+>>> from graphopt.passes import GradInit
+>>> model = graphopt.transform(torch.nn.Linear(3, 2, bias=False), [GradInit(awake=True)], compiler="eager")
+>>> with graphopt.GradInitWrapper(model):
+...     output = model(torch.ones(4, 3))
+>>> record = graphopt.records(model)[-1]
+>>> [operator_name(node) for node in record.before.graph.nodes if node.op == "call_function"]
+['aten.linear.default']
+>>> [operator_name(node) for node in record.after.graph.nodes if node.op == "call_function"]
+['graphopt.scale_parameter.default', 'aten.linear.default']
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast, final
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from graphopt.aliasing import root_of, written_arguments
+from graphopt.annotations import INIT_PROBE, INIT_SCALE, Key
+from graphopt.capture import CapturedGraph, Input, InputKind
+from graphopt.inspect.location import operator_name as operator_name
+from graphopt.pipeline import Pass, PassResult
+from graphopt.second_order import SCALE_PARAMETER
+
+aten = torch.ops.aten
+
+# Normalisations: where their running statistics stand among the arguments, and the flag that says whether they are updated.
+_RUNNING = {aten.batch_norm.default: (3, 5), aten.instance_norm.default: (3, 5)}
+
+
+@final
+@dataclass(frozen=True)
+class GradInit(Pass):
+    """Replace every trainable parameter ``w`` by ``scale * w``, with one scalar for each parameter, to learn how large it should be.
+
+    Asleep, as it is by default, the pass changes nothing, and no node of it is compiled. Awake, each use of a trainable parameter
+    is preceded by ``graphopt.scale_parameter(w, scale, probe)``; ``scale`` and ``probe`` are companions, the graph is compiled so that
+    its gradient can be differentiated (`graphopt.second_order`), and running statistics of normalisations stay as they are. Uses of
+    a tied parameter share one scale; frozen parameters get none.
+
+    Attributes:
+        awake: set by `graphopt.GradInitWrapper` and `graphopt.learn_init`.
+
+    Reference: Zhu, Ni, Xu, Kong, Huang, Goldstein, "GradInit: Learning to Initialize Neural Networks for Stable and Efficient
+    Training", arXiv:2102.08098, 2021.
+    """
+
+    awake: bool = False
+
+    name: ClassVar[str] = "gradinit"
+    provides: ClassVar[frozenset[Key[Any]]] = frozenset({INIT_SCALE})
+    changes_numerics: ClassVar[bool] = True
+
+    @property
+    def needs_samples(self) -> bool:
+        """Never: a scale belongs to all samples."""
+        return False
+
+    @property
+    def skips_unsupported(self) -> bool:
+        """Asleep it changes nothing, and so need not read every graph."""
+        return not self.awake
+
+    @property
+    def differentiates_twice(self) -> bool:
+        """Whether the gradient of the graph is going to be differentiated."""
+        return self.awake
+
+    def run(self, graph: CapturedGraph) -> PassResult:
+        """Insert the scales, if awake."""
+        if not self.awake or graph.graph_module.graph.find_nodes(op="call_function", target=SCALE_PARAMETER):
+            return PassResult(graph, 0)
+        kept = _keep_running_statistics(graph)
+        placeholders, inputs = graph.placeholders, list(graph.inputs)
+        scaled = num_uses = 0
+        for position, (node, described) in enumerate(zip(placeholders, inputs, strict=True)):
+            if described.kind is not InputKind.PARAMETER or not described.requires_grad or not node.users:
+                continue
+            scale, probe = _companion(graph, position, INIT_SCALE), _companion(graph, position, INIT_PROBE)
+            graph.inputs[position] = _without_gradient(described)
+            graph.fake_inputs[position] = _leaf(graph, graph.fake_inputs[position], requires_grad=False)
+            for user in list(node.users):
+                _scale(graph, node, scale, probe, user)
+                num_uses += 1
+            scaled += 1
+        notes = (f"{scaled} parameters scaled at {num_uses} uses",)
+        if kept:
+            notes += (f"running statistics stay as they are in {kept} places",)
+        return PassResult(graph, num_uses + kept, notes if num_uses else ())
+
+
+def _scale(graph: CapturedGraph, weight: Node, scale: Node, probe: Node, user: Node) -> None:
+    """Let one use of a parameter see the scaled one."""
+    fx_graph = graph.graph_module.graph
+    with fx_graph.inserting_before(user):
+        node = fx_graph.call_function(SCALE_PARAMETER, (weight, scale, probe))
+    node.meta = {key: value for key, value in user.meta.items() if key not in ("val", "example_value", "tensor_meta")}
+    with graph.fake_mode, torch.no_grad():
+        node.meta["val"] = torch.empty_like(cast(Tensor, weight.meta["val"]))
+    user.replace_input_with(weight, node)
+
+
+def _companion(graph: CapturedGraph, position: int, key: Key[Any]) -> Node:
+    """Add an input that the runtime binds to what is attached to a parameter."""
+    described, weight = graph.inputs[position], cast(Tensor, graph.fake_inputs[position])
+    fx_graph = graph.graph_module.graph
+    with fx_graph.inserting_after(graph.placeholders[-1]):
+        node = fx_graph.placeholder(f"{graph.placeholders[position].name}_{key.name}")
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    with graph.fake_mode, torch.no_grad():
+        if key is INIT_SCALE:
+            value = torch.empty((), dtype=wide, device=weight.device)
+        else:
+            value = torch.zeros((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
+    node.meta["val"] = value
+    graph.fake_inputs.append(_leaf(graph, value, requires_grad=True))
+    graph.inputs.append(
+        Input(
+            InputKind.COMPANION,
+            f"{described.name}.{key.name}",
+            requires_grad=True,
+            companion_of=position,
+            annotation=key,
+        )
+    )
+    return node
+
+
+def _leaf(graph: CapturedGraph, value: Tensor, *, requires_grad: bool) -> Tensor:
+    with graph.fake_mode, torch.no_grad():
+        return value.detach().requires_grad_(requires_grad)
+
+
+def _without_gradient(described: Input) -> Input:
+    return Input(described.kind, described.name, described.sample_axis, requires_grad=False)
+
+
+def _keep_running_statistics(graph: CapturedGraph) -> int:
+    """Take out what writes to buffers: learning an initialisation must leave them as they are."""
+    buffers = {
+        node
+        for node, described in zip(graph.placeholders, graph.inputs, strict=True)
+        if described.kind is InputKind.BUFFER
+    }
+    changed = 0
+    for node in list(graph.graph_module.graph.nodes):
+        if (where := _RUNNING.get(node.target)) is not None and node.args[where[1]] and node.args[where[0]] is not None:
+            args = list(node.args)
+            args[where[0]] = args[where[0] + 1] = None
+            node.args = tuple(args)
+            changed += 1
+        elif (written := written_arguments(node)) and all(root_of(argument) in buffers for argument in written):
+            node.replace_all_uses_with(written[0])
+            graph.graph_module.graph.erase_node(node)
+            changed += 1
+    return changed
