@@ -10,6 +10,7 @@ from graphopt import optim as optim
 from graphopt import passes as passes
 from graphopt.errors import GraphoptError as GraphoptError
 from graphopt.initialization.grad_init_wrapper import GradInitWrapper as GradInitWrapper
+from graphopt.initialization.learn_init import learn_init as learn_init
 from graphopt.inspect.report import Report as Report
 from graphopt.inspect.report import explain as explain
 from graphopt.nn.patching import patch_model as patch_model

@@ -155,7 +155,7 @@ INIT_SCALE: Key[Tensor] = Key(
     shape="(); float32, or float64 for float64 parameters",
     unit="none",
     provider="the pass GradInit: graphopt.GradInitWrapper(model) or graphopt.learn_init(model, ...)",
-    doc="The scalar that multiplies the parameter while its initialisation is learned; afterwards, the one that was multiplied in.",
+    doc="The scalar that multiplies the parameter while its scale is learned; afterwards, the one that it was multiplied by.",
     is_lasting=True,
 )
 INIT_PROBE: Key[Tensor] = Key(

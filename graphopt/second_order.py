@@ -6,16 +6,17 @@ What AOTAutograd compiles is differentiable once. A region that shall be differe
 
 each of plain operators, and each compiled as a function that is differentiable once. `_Region` joins them: it returns ``saved``
 beside the outputs, as values with a gradient, so that the derivative of ``backward`` with respect to ``saved`` finds its way to
-the inputs. No part runs twice: a gradient of a function of the gradient takes one forward, one backward, and one backward of each.
+the inputs. No part runs twice: a gradient of a function of the gradient takes one forward, one backward, and one backward of
+each.
 
 There are two kinds of backward pass, and `gradients` says which one runs. Its own gives gradients of parameters as **values**:
 ``backward``. Every other one propagates to the scales of `graphopt.passes.GradInit`: the derivative of ``forward``.
 
-A scale stands in the graph as ``graphopt.scale_parameter(weight, scale, probe)``, that is ``scale * weight + probe``. The probe is
-zero and takes no memory; the gradient with respect to it is that of the scaled weight. Where a weight goes into an operator that is
-linear in it, the product is not made: ``f(x, scale * w) = scale * f(x, w)``. The derivative with respect to the scale is a sum over
-``f(x, w)`` then, so that neither derivative of a matrix product has to be summed into a gradient of the weight in the second pass:
-4 matrix products instead of 6.
+A scale stands in the graph as ``graphopt.scale_parameter(weight, scale, probe)``, that is ``scale * weight + probe``. The probe
+is zero and takes no memory; the gradient with respect to it is that of the scaled weight. Where a weight goes into an operator
+that is linear in it, the product is not made: ``f(x, scale * w) = scale * f(x, w)``. The derivative with respect to the scale is
+a sum over ``f(x, w)`` then, so that neither derivative of a matrix product has to be summed into a gradient of the weight in the
+second pass: 4 matrix products instead of 6.
 """
 
 from __future__ import annotations
@@ -151,9 +152,10 @@ class _Program:
         forward.recompile()
 
         self.num_outputs = num_outputs
-        differentiable = _depends_on(
-            forward, [node for node, fake in zip(inputs, fake_inputs, strict=True) if _requires_grad(fake)]
-        )
+        dependence = _Dependence(forward)
+        with torch.enable_grad(), _fake_mode(fake_inputs), _compat.disable_autocast():
+            dependence.run(*[_like(fake, requires_grad=_requires_grad(fake)) for fake in fake_inputs])
+        differentiable = dependence.found
         self.is_differentiable = [isinstance(node, Node) and node in differentiable for node in (*outputs, *computed)]
         # Of the backward's inputs: what is saved, as (is it an input, position), and the tangents of some outputs.
         place = {node: (False, num_outputs + position) for position, node in enumerate(computed)}
@@ -325,7 +327,7 @@ def _is_factor(node: Node) -> bool:
             return False
         if user.target is aten.embedding.default and any(user.args[3:]):  # scale_grad_by_freq, sparse
             return False
-        if user.target is aten.matmul.default and cast(Node, node).meta["val"].ndim != 2:
+        if user.target is aten.matmul.default and node.meta["val"].ndim != 2:
             return False
     return bool(node.users)
 
@@ -382,18 +384,22 @@ def _detach_arguments(node: Node, positions: Sequence[int]) -> None:
     node.args = tuple(args)
 
 
-def _depends_on(graph_module: GraphModule, inputs: Sequence[Node]) -> set[Node]:
-    """The floating-point values of a graph through which gradients reach its inputs."""
-    found = set(inputs)
-    for node in graph_module.graph.nodes:
-        if node.op != "call_function" or node.target is aten.detach.default:
-            continue
-        leaves = pytree.tree_leaves(node.meta.get("val"))
-        if any(isinstance(v, Tensor) and v.is_floating_point() for v in leaves) and found.intersection(
-            node.all_input_nodes
-        ):
-            found.add(node)
-    return found
+class _Dependence(Interpreter):
+    """Runs a graph without values, to see through which of its values torch lets gradients reach its inputs."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        super().__init__(graph_module)
+        self.found: set[Node] = set()
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if _requires_grad(result):
+            self.found.add(n)
+        return result
+
+
+def _fake_mode(values: Sequence[Any]) -> _compat.FakeTensorMode:
+    return next(value.fake_mode for value in values if isinstance(value, _compat.FakeTensor))
 
 
 def _stopped(value: Tensor) -> Tensor:

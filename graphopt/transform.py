@@ -81,8 +81,8 @@ def transform(
 
     Args:
         model: any module. A model that is transformed already is transformed anew.
-        passes: pass objects or names, in order; the default is ``[GradInit(), TrueGrad(), LayerToLayer()]``; ``[]`` compiles without
-            rewriting. ``LayerToLayer(store=...)`` moves the model's values into a store (`stream`).
+        passes: pass objects or names, in order; the default is ``[GradInit(), TrueGrad(), LayerToLayer()]``; ``[]`` compiles
+            without rewriting. ``LayerToLayer(store=...)`` moves the model's values into a store (`stream`).
         compiler: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         dynamic: as in ``torch.compile``. The sample axis is dynamic in any case, so a ragged last batch needs no recompile.
         options: ``sample_axis`` (int, or argument name to int or ``None``; default 0), ``sample_axis_between_graphs`` (int: where

@@ -39,12 +39,12 @@ _RUNNING = {aten.batch_norm.default: (3, 5), aten.instance_norm.default: (3, 5)}
 @final
 @dataclass(frozen=True)
 class GradInit(Pass):
-    """Replace every trainable parameter ``w`` by ``scale * w``, with one scalar for each parameter, to learn how large it should be.
+    """Replace every trainable parameter ``w`` by ``scale * w``, with one scalar for each parameter.
 
     Asleep, as it is by default, the pass changes nothing, and no node of it is compiled. Awake, each use of a trainable parameter
-    is preceded by ``graphopt.scale_parameter(w, scale, probe)``; ``scale`` and ``probe`` are companions, the graph is compiled so that
-    its gradient can be differentiated (`graphopt.second_order`), and running statistics of normalisations stay as they are. Uses of
-    a tied parameter share one scale; frozen parameters get none.
+    is preceded by ``graphopt.scale_parameter(w, scale, probe)``; ``scale`` and ``probe`` are companions, the graph is compiled so
+    that its gradient can be differentiated (`graphopt.second_order`), and running statistics of normalisations stay as they are.
+    Uses of a tied parameter share one scale; frozen parameters get none.
 
     Attributes:
         awake: set by `graphopt.GradInitWrapper` and `graphopt.learn_init`.
@@ -91,10 +91,9 @@ class GradInit(Pass):
                 _scale(graph, node, scale, probe, user)
                 num_uses += 1
             scaled += 1
-        notes = (f"{scaled} parameters scaled at {num_uses} uses",)
-        if kept:
-            notes += (f"running statistics stay as they are in {kept} places",)
-        return PassResult(graph, num_uses + kept, notes if num_uses else ())
+        notes = [f"{scaled} parameters scaled at {num_uses} uses"] if scaled else []
+        notes += [f"running statistics stay as they are in {kept} places"] if kept else []
+        return PassResult(graph, num_uses + kept, tuple(notes))
 
 
 def _scale(graph: CapturedGraph, weight: Node, scale: Node, probe: Node, user: Node) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,15 @@ from graphopt.initialization.scaled_model import ScaledModel
 class GradInitWrapper:
     """Give every trainable parameter of a model a scale, and let the user's loop learn the scales.
 
-    Inside the ``with`` block the model computes with ``scale * weight``, ``model.parameters()`` are the scales (all 1 at first), and
-    everything else is as it was: ``state_dict()`` holds the scaled weights under their own names, optimizers made before hold the
-    parameters. On exit the scales are multiplied into the parameters, in place. After an exception the model is as it was before
-    the block. Buffers (running statistics) are restored in any case.
+    Inside the ``with`` block the model computes with ``scale * weight``, ``model.parameters()`` are the scales (all 1 at first),
+    and everything else is as it was: ``state_dict()`` holds the scaled weights under their own names, optimizers made before hold
+    the parameters. On exit the scales are multiplied into the parameters, in place. After an exception the model is as it was
+    before the block. Buffers (running statistics) are restored in any case.
 
     Without ``with``, `detach` or deleting the wrapper ends it, as leaving the block does.
 
-    A model that `graphopt.transform` has compiled computes in compiled graphs inside the block, which can be differentiated twice.
+    A model that `graphopt.transform` has compiled computes in compiled graphs inside the block, which can be differentiated
+    twice.
 
     Args:
         model: any module, also in ``DistributedDataParallel``.
@@ -81,10 +82,10 @@ class GradInitWrapper:
         Args:
             loss: scalar, computed from the model's output inside the block.
             norm: 1 for optimizers of Adam's kind, 2 for SGD: the norm in which a step of given length lowers the loss most.
-            gamma: bound of the norm of the gradient over all scaled weights together. The paper's scripts have 1 for ``norm=2`` and
-                1000 for ``norm=1``.
-            scaler: under autocast, what scales the loss. If gradients overflow, the result is not finite, and ``scaler.step`` leaves
-                this step out.
+            gamma: bound of the norm of the gradient over all scaled weights together. The paper's scripts have 1 for ``norm=2``
+                and 1000 for ``norm=1``.
+            scaler: under autocast, what scales the loss. If gradients overflow, the result is not finite, and ``scaler.step``
+                leaves this step out.
 
         Returns:
             A scalar to call ``backward()`` on (in the place of ``loss``, through the ``scaler`` if there is one).
@@ -110,7 +111,8 @@ class GradInitWrapper:
             )
         factor = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
         found = self._scaled.scales.gradients(loss * factor if factor != 1 else loss)
-        grads = [grad.to(torch.promote_types(grad.dtype, torch.float32)) / factor for grad in found if grad is not None]
+        grads = [grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in found if grad is not None]
+        grads = grads if factor == 1 else [grad / factor for grad in grads]
         total = self._norm(grads, norm)
         if not bool(torch.isfinite(total)):
             if scaler is None:
@@ -174,6 +176,6 @@ class GradInitWrapper:
 
 def norm_of(grads: Sequence[Tensor], norm: int) -> Tensor:
     """The 1-norm or 2-norm of all gradients together, in at least float32."""
-    if norm == 1:
-        return torch.stack([grad.abs().sum() for grad in grads]).sum()
-    return torch.stack([grad.square().sum() for grad in grads]).sum().sqrt()
+    each = torch.stack([torch.linalg.vector_norm(grad, norm) for grad in grads])
+    total: Tensor = torch.linalg.vector_norm(each, norm)
+    return total

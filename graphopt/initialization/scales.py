@@ -3,7 +3,8 @@
 While scales are attached, each submodule has a class of its own, derived from the one it had, that reads a parameter as
 ``scale * weight`` (`_class_with_scales`), and holds the scale in the parameter's place. Everything that must see the weights
 themselves (``state_dict``, ``load_state_dict``, ``to``, ``deepcopy``, pickling, a captured graph) gets the original classes and
-parameters for as long as it takes (`Scales.as_written`). So no parameter is ever replaced, and none is written to before `detach`.
+parameters for as long as it takes (`Scales.as_written`). So no parameter is ever replaced, and none is written to before
+`detach`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from graphopt import _compat, annotations
-from graphopt.annotations import INIT_PROBE, INIT_SCALE
+from graphopt import _compat
+from graphopt.annotations import INIT_PROBE, INIT_SCALE, attach, expose, remove
 from graphopt.errors import OptionError
 from graphopt.second_order import differentiable_kernels, gradients, scale_weight
 
@@ -105,10 +106,10 @@ class Scales:
         ]
         for module in modules:
             _dress(module, self._own(module))
-        annotations.expose()
+        expose()
         for entry in self.entries:
-            annotations.attach(entry.parameter, INIT_SCALE, entry.scale)
-            annotations.attach(entry.parameter, INIT_PROBE, entry.probe)
+            attach(entry.parameter, INIT_SCALE, entry.scale)
+            attach(entry.parameter, INIT_PROBE, entry.probe)
         self.is_attached = True
         self.saw_autocast = False
 
@@ -186,13 +187,13 @@ class Scales:
                     with torch.no_grad():
                         current.copy_(value)
         for entry in self.entries:
-            annotations.remove(entry.parameter, INIT_PROBE)
-            annotations.remove(entry.parameter, INIT_SCALE)
+            remove(entry.parameter, INIT_PROBE)
+            remove(entry.parameter, INIT_SCALE)
             if fold:
                 with torch.no_grad():
                     if entry.scale.item() != 1:
                         entry.parameter.copy_(scale_weight(entry.parameter, entry.scale))
-                    annotations.attach(entry.parameter, INIT_SCALE, entry.scale.detach().clone())
+                    attach(entry.parameter, INIT_SCALE, entry.scale.detach().clone())
 
     def _own(self, module: nn.Module, before: _Own | None = None) -> _Own:
         """What a module is now; parameters that it was given meanwhile are taken as new values of the old ones."""
@@ -235,7 +236,8 @@ def _dress(module: nn.Module, own: _Own) -> None:
             module._parameters[name] = None
         elif name in own.scaled:
             module._parameters[name] = own.scaled[name].scale
-    module.__class__ = _class_with_scales(own.kind, tuple(n for n, p in own.parameters.items() if p is not None))
+    names = tuple(name for name, parameter in own.parameters.items() if parameter is not None)
+    module.__class__ = _class_with_scales(cast(Any, own.kind), names)
 
 
 def _undress(module: nn.Module, own: _Own) -> None:
@@ -311,8 +313,8 @@ def _class_with_scales(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn
             wide = torch.promote_types(entry.parameter.dtype, torch.float32)
             entry.scale.data = entry.scale.data.to(entry.parameter.device, wide)
             entry.probe, entry.weight = _probe(entry.parameter), None
-            annotations.attach(entry.parameter, INIT_SCALE, entry.scale)
-            annotations.attach(entry.parameter, INIT_PROBE, entry.probe)
+            attach(entry.parameter, INIT_SCALE, entry.scale)
+            attach(entry.parameter, INIT_PROBE, entry.probe)
         return self
 
     def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
