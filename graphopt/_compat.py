@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ if not _OLDEST <= _found <= _NEWEST:
 
 enter_autocast = torch.amp.autocast_mode._enter_autocast
 exit_autocast = torch.amp.autocast_mode._exit_autocast
+WeightNorm = torch.nn.utils.parametrizations._WeightNorm  # the module that a parametrized weight is computed by
+WeightNormHook = torch.nn.utils.weight_norm.__globals__["WeightNorm"]  # of the older torch.nn.utils.weight_norm
 disable_dynamo = _disable_dynamo  # torch.compiler.disable would import Dynamo at once
 disable_autocast = torch._C._DisableAutocast
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -87,14 +89,22 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-def aot_export_joint(function: Callable[..., Any], args: tuple[Any, ...]) -> torch.fx.GraphModule:
+def aot_export_joint(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    decomposed: Sequence[torch._ops.OpOverload],
+    written_out: Mapping[torch._ops.OpOverload, Callable[..., Any]],
+) -> torch.fx.GraphModule:
     """A function and its derivative as one graph of plain operators: (inputs, tangents) -> (outputs, gradients).
 
-    Read in torch 2.13: ``aot_export_joint_simple`` returns a GraphModule that takes and returns flat lists.
+    Read in torch 2.13: ``aot_export_joint_simple`` returns a GraphModule that takes and returns flat lists. ``decomposed`` names
+    operators that shall be made of others by torch's own table, ``written_out`` says how for further ones.
     """
+    from torch._decomp import get_decompositions
     from torch._functorch.aot_autograd import aot_export_joint_simple
 
-    joint = aot_export_joint_simple(function, args, trace_joint=True)
+    table = {**get_decompositions(decomposed), **written_out}
+    joint = aot_export_joint_simple(function, args, trace_joint=True, decompositions=table)
     assert isinstance(joint, torch.fx.GraphModule)
     return joint
 

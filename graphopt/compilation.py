@@ -17,7 +17,7 @@ from graphopt.regions import Region, has_boundaries, split, stages_of
 from graphopt.runtime.region_program import RegionProgram
 from graphopt.runtime.streaming.stream import Stream
 from graphopt.runtime.streaming.streamed_graph import StreamedGraph
-from graphopt.second_order import compile_twice_differentiable
+from graphopt.second_order import TwiceDifferentiable, compile_twice_differentiable
 
 Compiler = Literal["inductor", "aot_eager", "eager"]
 
@@ -84,8 +84,10 @@ def _compile(
     config: Mapping[str, Any] | None,
 ) -> Callable[..., Any]:
     """A region as its passes need it: differentiable once, or twice."""
-    if compiler == "eager" or not any(item.differentiates_twice for item in passes):
+    if not any(item.differentiates_twice for item in passes):
         return _compile_one(module, fake_inputs, compiler, passes, config)
+    if compiler == "eager":
+        return TwiceDifferentiable(module).run
     return compile_twice_differentiable(
         module, fake_inputs, lambda part, fakes: _compile_one(part, fakes, compiler, passes, config)
     )

@@ -65,10 +65,29 @@ _IN_CHANNELS = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.defa
 # respect to the input covers the way through that as well.
 _COVERED: dict[Any, tuple[int, ...]] = {
     aten.native_layer_norm_backward.default: (3, 4),
-    aten.native_group_norm_backward.default: (2, 3),
     aten.native_batch_norm_backward.default: (5, 6),
     aten.cudnn_batch_norm_backward.default: (5, 6),
     aten.miopen_batch_norm_backward.default: (5, 6),
+}
+
+# Operators whose derivatives have none in torch, as what has: decomposed by torch, or written out here.
+_DECOMPOSED = (aten.native_group_norm_backward.default, aten.hardsigmoid_backward.default)
+_WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
+    aten.copy.default: lambda value, source, non_blocking=False: source.to(value.dtype).expand(value.shape).clone(),
+}
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """``g v / |v|`` as ``torch._weight_norm``, whose second derivative with respect to ``v`` is wrong in torch 2.13."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+_COMPOSED: dict[Any, Callable[..., Any]] = {
+    aten._weight_norm_interface.default: lambda v, g, dim=0: (
+        weight_norm(v, g, dim),
+        torch.norm_except_dim(v, 2, dim),
+    ),
+    aten._weight_norm.default: weight_norm,
 }
 
 _collecting = [0]  # how many calls of `gradients` run; the engine's threads for other devices must see it too
@@ -173,8 +192,9 @@ class _Program:
         fake_saved = [_like(node.meta["val"], requires_grad=node in differentiable) for node in saved]
         fake_tangents = [_like(value, requires_grad=True) for value in self.tangent_likes]
         self.num_inputs = len(fake_inputs)
-        self.forward = compile_one(forward, list(fake_inputs))
-        self.backward = compile_one(backward, [*fake_saved, *fake_tangents])
+        with _explained():
+            self.forward = compile_one(forward, list(fake_inputs))
+            self.backward = compile_one(backward, [*fake_saved, *fake_tangents])
 
     def __call__(self, *inputs: Any) -> list[Any]:
         """Run the region; differentiable twice where gradients are enabled."""
@@ -240,7 +260,15 @@ class _Region(torch.autograd.Function):
         return None, *found
 
 
-class _Tracing(Interpreter):
+class TwiceDifferentiable(Interpreter):
+    """Runs a region as it stands, where torch's own derivatives of its operators can be differentiated again."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call an operator, or what it is made of."""
+        return super().call_function(_COMPOSED.get(target, target), args, kwargs)
+
+
+class _Tracing(TwiceDifferentiable):
     """Runs a region for the trace of its first derivative: scales go behind products, and what has no gradient is marked."""
 
     def __init__(self, module: GraphModule) -> None:
@@ -264,8 +292,8 @@ class _Tracing(Interpreter):
         if where is None or not isinstance(args[where[0]], tuple):
             return super().call_function(target, args, kwargs)
         weight, scale, probe = args[where[0]]
-        positions, values = where, list(args)
-        weight_at, factor_at, added_at = positions
+        values = list(args)
+        weight_at, factor_at, added_at = where
         added = values[added_at] if added_at is not None and added_at < len(values) else None
         values[weight_at] = _Probed.apply(weight, probe)  # type: ignore[no-untyped-call]
         if values[factor_at].is_floating_point():
@@ -332,6 +360,20 @@ def _is_factor(node: Node) -> bool:
     return bool(node.users)
 
 
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say what can be done about an operator that is not differentiable twice."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if isinstance(error, UnsupportedError):
+            raise
+        raise UnsupportedError(
+            f"a part of the model cannot be differentiated twice in a compiled graph ({str(error).splitlines()[0]}). Learn its "
+            "initialisation without compiling it: learn_init(..., compiler='eager'), or GradInitWrapper(graphopt.restore(model))"
+        ) from error
+
+
 def _joint(module: GraphModule, fake_inputs: Sequence[Any], is_scale: Sequence[bool]) -> tuple[GraphModule, int]:
     """The region together with its first derivative, of plain operators; and how many results are outputs."""
     interpreter = _Tracing(module)
@@ -343,7 +385,7 @@ def _joint(module: GraphModule, fake_inputs: Sequence[Any], is_scale: Sequence[b
         seen = {value.untyped_storage()._cdata for value in inputs if isinstance(value, Tensor)}
         for position, value in enumerate(outputs):
             if isinstance(value, Tensor):
-                if value.untyped_storage()._cdata in seen:
+                if value._is_view() or value.untyped_storage()._cdata in seen:
                     outputs[position] = value = value.clone()
                 seen.add(value.untyped_storage()._cdata)
         return outputs
@@ -351,14 +393,8 @@ def _joint(module: GraphModule, fake_inputs: Sequence[Any], is_scale: Sequence[b
     fakes = [
         _like(fake, requires_grad=False) if scaled else fake for fake, scaled in zip(fake_inputs, is_scale, strict=True)
     ]
-    try:
-        with differentiable_kernels(), _compat.disable_autocast(), torch.enable_grad():
-            joint = _compat.aot_export_joint(run, tuple(fakes))
-    except (RuntimeError, NotImplementedError) as error:
-        raise UnsupportedError(
-            f"a part of the model cannot be differentiated twice ({str(error).splitlines()[0]}). Learn its initialisation "
-            "without compiling it: learn_init(..., compiler='eager'), or GradInitWrapper(graphopt.restore(model))"
-        ) from error
+    with differentiable_kernels(), _compat.disable_autocast(), torch.enable_grad(), _explained():
+        joint = _compat.aot_export_joint(run, tuple(fakes), _DECOMPOSED, _WRITTEN_OUT)
     for node in list(joint.graph.nodes):
         if node.target is aten.detach.default:  # what autograd saves; the region's own are `_STOP` here
             node.replace_all_uses_with(node.args[0])

@@ -26,12 +26,15 @@ from torch.fx import Node
 from graphopt.aliasing import root_of, written_arguments
 from graphopt.annotations import INIT_PROBE, INIT_SCALE, Key
 from graphopt.capture import CapturedGraph, Input, InputKind
+from graphopt.errors import UnsupportedError
+from graphopt.inspect.location import describe
 from graphopt.inspect.location import operator_name as operator_name
 from graphopt.pipeline import Pass, PassResult
 from graphopt.second_order import SCALE_PARAMETER
 
 aten = torch.ops.aten
 
+_RECURRENT = ("graphopt::lstm", "graphopt::gru", "graphopt::rnn")
 # Normalisations: where their running statistics stand among the arguments, and the flag that says whether they are updated.
 _RUNNING = {aten.batch_norm.default: (3, 5), aten.instance_norm.default: (3, 5)}
 
@@ -78,6 +81,7 @@ class GradInit(Pass):
         """Insert the scales, if awake."""
         if not self.awake or graph.graph_module.graph.find_nodes(op="call_function", target=SCALE_PARAMETER):
             return PassResult(graph, 0)
+        _refuse_recurrent(graph)
         kept = _keep_running_statistics(graph)
         placeholders, inputs = graph.placeholders, list(graph.inputs)
         scaled = num_uses = 0
@@ -94,6 +98,16 @@ class GradInit(Pass):
         notes = [f"{scaled} parameters scaled at {num_uses} uses"] if scaled else []
         notes += [f"running statistics stay as they are in {kept} places"] if kept else []
         return PassResult(graph, num_uses + kept, tuple(notes))
+
+
+def _refuse_recurrent(graph: CapturedGraph) -> None:
+    for node in graph.graph_module.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _RECURRENT:
+            raise UnsupportedError(
+                f"{describe(node)} is a recurrent layer, whose gradient cannot be differentiated in a captured graph. Learn the "
+                "initialisation without compiling the model: learn_init(..., compiler='eager'), or "
+                "GradInitWrapper(graphopt.restore(model))"
+            )
 
 
 def _scale(graph: CapturedGraph, weight: Node, scale: Node, probe: Node, user: Node) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from graphopt import _compat
 from graphopt.annotations import INIT_PROBE, INIT_SCALE, attach, expose, remove
 from graphopt.errors import OptionError
-from graphopt.second_order import differentiable_kernels, gradients, scale_weight
+from graphopt.second_order import differentiable_kernels, gradients, scale_weight, weight_norm
 
 _STATE = "_graphopt_scales"  # where a module keeps its `_Own`
 
@@ -335,6 +335,8 @@ def _class_with_scales(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
     }
+    if issubclass(kind, _compat.WeightNorm):
+        namespace["forward"] = lambda self, g, v: weight_norm(v, g, self.dim)
     if issubclass(kind, nn.RNNBase):
         namespace["_flat_weights"] = property(
             lambda self: [getattr(self, name, None) for name in self._flat_weights_names], lambda self, value: None
@@ -366,6 +368,11 @@ def _check(model: nn.Module, modules: Sequence[nn.Module]) -> None:
         raise OptionError(f"{kind} is in a GradInitWrapper already; leave it first: ginit.detach()")
     if script := [type(m).__name__ for m in modules if isinstance(m, torch.jit.ScriptModule)]:
         raise OptionError(f"{kind} holds {script[0]}, a scripted module, which computes with its own parameters only")
+    if any(isinstance(hook, _compat.WeightNormHook) for m in modules for hook in m._forward_pre_hooks.values()):
+        raise OptionError(
+            f"{kind} uses torch.nn.utils.weight_norm, whose second derivative torch gets wrong: use "
+            "torch.nn.utils.parametrizations.weight_norm"
+        )
     if lazy := [n for n, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter)]:
         raise OptionError(f"{lazy[0]} of {kind} has no shape yet: call the model once before")
     if meta := [n for n, p in model.named_parameters() if p.is_meta]:
