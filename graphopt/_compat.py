@@ -103,7 +103,7 @@ def aot_export_joint(
     from torch._decomp import get_decompositions
     from torch._functorch.aot_autograd import aot_export_joint_simple
 
-    table = {**get_decompositions(decomposed), **written_out}
+    table: dict[Any, Callable[..., Any]] = {**get_decompositions(decomposed), **written_out}
     joint = aot_export_joint_simple(function, args, trace_joint=True, decompositions=table)
     assert isinstance(joint, torch.fx.GraphModule)
     return joint
