@@ -125,7 +125,7 @@ def test_load_state_dict_after_transform(assert_exact):
 
 
 def test_default_passes_and_names():
-    given = {None: ["truegrad", "layer_to_layer"], ("truegrad",): ["truegrad"], (TrueGrad(),): ["truegrad"]}
+    given = {None: ["gradinit", "truegrad", "layer_to_layer"], ("truegrad",): ["truegrad"], (TrueGrad(),): ["truegrad"]}
     for passes, names in given.items():
         model = graphopt.transform(mlp(), passes, compiler="aot_eager")
         loss(model, data()).backward()
