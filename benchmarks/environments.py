@@ -32,6 +32,7 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
         "unfoldNd==0.2.3",  # backpack
         "truegrad==5.0.0",
     ),
+    "gradinit": ("gradinit==0.1.1",),
     "layer-to-layer": ("layer-to-layer-pytorch==0.3.0",),  # it wants an older torch and numpy, and runs with these
 }
 ONLY_IF_MISSING = {"scipy": "scipy==1.17.1"}  # opacus; big, and usually there

@@ -41,10 +41,11 @@ class Curves:
         name: Of the file, unique within the benchmark.
         title: Above it.
         x: What the horizontal axis shows; its ticks are where there are points.
-        y: What the vertical axis shows, from 0 on.
+        y: What the vertical axis shows.
         lines: What is drawn.
         marks: Vertical lines, each with its text.
         doubling: Whether steps to the right double the value.
+        from_zero: Whether the vertical axis begins at 0.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Curves:
     lines: Sequence[Line]
     marks: Sequence[tuple[float, str]] = ()
     doubling: bool = True
+    from_zero: bool = True
 
 
 def draw(path: Path, record: Record) -> bool:
@@ -106,7 +108,8 @@ def draw_curves(path: Path, curves: Curves) -> bool:
         axis.set_xscale("log", base=2)
     ticks = sorted({point[0] for line in lines for point in line.points})
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
-    axis.set_ylim(bottom=0)
+    if curves.from_zero:
+        axis.set_ylim(bottom=0)
     for x, text in curves.marks:
         axis.axvline(x, color="black", linewidth=0.8, linestyle=":")
         axis.text(x, axis.get_ylim()[1], f" {text}", fontsize=7, va="top", ha="left", rotation=90)

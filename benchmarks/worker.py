@@ -21,7 +21,17 @@ from typing import IO, Any
 
 from benchmarks import machine
 
-PACKAGES = ("torch", "graphopt", "transformers", "opacus", "backpack-for-pytorch", "truegrad", "layer-to-layer-pytorch")
+PACKAGES = (
+    "torch",
+    "graphopt",
+    "transformers",
+    "opacus",
+    "backpack-for-pytorch",
+    "truegrad",
+    "layer-to-layer-pytorch",
+    "gradinit",
+    "scikit-learn",
+)
 
 
 @dataclass(frozen=True)

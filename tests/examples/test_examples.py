@@ -53,6 +53,17 @@ def test_train_larger_than_memory_trains_what_plain_pytorch_cannot() -> None:
     assert losses == sorted(losses, reverse=True)
 
 
+def test_gradinit_deep_trains_what_the_default_initialisation_leaves_at_chance() -> None:
+    done, files = run("gradinit_deep.py")
+    accuracy = {
+        name: float(re.search(rf"^{name} initialisation: accuracy ([\d.]+)", done.stdout, re.MULTILINE)[1])
+        for name in ("default", "learned")
+    }
+    assert accuracy["default"] < 0.2
+    assert accuracy["learned"] > 0.7
+    assert files["runs/gradinit_deep.png"].startswith(b"\x89PNG")
+
+
 def test_train_lm_learns_and_covers_every_parameter() -> None:
     printed = run("train_lm.py")[0].stdout
     entropy = float(re.search(r"unigram entropy ([\d.]+) bits/byte", printed)[1])
