@@ -268,6 +268,18 @@ def onednn_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
 
 
 @contextmanager
+def plain_recurrent_kernels() -> Iterator[None]:
+    """Without cuDNN and oneDNN; ``torch.backends.mkldnn.flags`` would warn of settings for Intel's GPUs."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+@contextmanager
 def quiet_fake_tensors() -> Iterator[None]:
     """Keep `FakeTensorMode` from logging the errors that it raises."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")

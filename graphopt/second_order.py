@@ -95,7 +95,8 @@ _collecting = [0]  # how many calls of `gradients` run; the engine's threads for
 
 def scale_weight(weight: Tensor, scale: Tensor) -> Tensor:
     """``scale * weight`` in the dtype of the weight."""
-    return (weight * scale).to(weight.dtype)
+    scaled = weight * scale
+    return scaled if scaled.dtype == weight.dtype else scaled.to(weight.dtype)
 
 
 def gradients(loss: Tensor, inputs: Sequence[Any], *, create_graph: bool) -> tuple[Tensor | None, ...]:
@@ -165,7 +166,9 @@ class _Program:
         inputs = forward.graph.find_nodes(op="placeholder")
         (returned,) = forward.graph.find_nodes(op="output")
         results = list(returned.args[0])
-        outputs, saved = results[:num_outputs], results[num_outputs:]
+        outputs, kept = results[:num_outputs], {node.name: node for node in results[num_outputs:]}
+        taken = backward.graph.find_nodes(op="placeholder")
+        saved = [kept[node.name] for node in taken if node.name in kept]  # sizes come first there, and last here
         computed = [node for node in dict.fromkeys(saved) if node not in inputs]
         returned.args = ([*outputs, *computed],)
         forward.recompile()
@@ -180,7 +183,7 @@ class _Program:
         place = {node: (False, num_outputs + position) for position, node in enumerate(computed)}
         place |= {node: (True, position) for position, node in enumerate(inputs)}
         self.saved = [place[node] for node in saved]
-        tangents = backward.graph.find_nodes(op="placeholder")[len(saved) :]
+        tangents = [node for node in taken if node.name not in kept]
         self.tangents = [int(node.name.removeprefix("tangents_")) - 1 for node in tangents]
         self.tangent_likes = [cast(Tensor, node.meta["val"]) for node in tangents]
         (returned,) = backward.graph.find_nodes(op="output")
@@ -253,7 +256,6 @@ class _Region(torch.autograd.Function):
             [ctx.leaves[position] for position in wanted],
             [grad for _, grad in pairs],
             allow_unused=True,
-            retain_graph=True,
         )
         for position, grad in zip(wanted, grads, strict=True):
             found[position] = grad

@@ -101,9 +101,9 @@ def learn_init(
             own batches, and all get the same scales).
         loss_fn: ``loss_fn(model, batch)`` returns a scalar loss, the mean over samples. It may enter autocast.
         batches: tensors, or tuples, lists or dicts of them, with samples on their first axis. Iterated again when they end.
-        method: ``"gradinit"``; ``"metainit"``, which minimises the gradient quotient; ``"lsuv"``, which brings the variance
-            of every layer's output to 1 in a few forward passes. These two run eagerly, and of the options below MetaInit takes ``lr``,
-            ``steps``, ``start`` and ``accumulate``, LSUV ``start``.
+        method: ``"gradinit"``; ``"metainit"``, which minimises the gradient quotient; or ``"lsuv"``, which brings the variance of
+            every layer's output to 1 in a few forward passes. These two run eagerly. Of the options below, MetaInit takes ``lr``,
+            ``steps``, ``start`` and ``accumulate``, and LSUV takes ``start``.
         optimizer: what will train the model: ``"adam"`` or ``"sgd"``.
         eta: length of the step A: the learning rate of training, about. Default 1e-3 and 0.1.
         gamma: bound of the norm of the gradient. Default 1000 and 1. The 1-norm grows with the size of a model: see

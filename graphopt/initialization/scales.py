@@ -99,7 +99,7 @@ class Scales:
                 self._by_parameter[id(parameter)] = _Scaled(names[id(parameter)], parameter, scale, _probe(parameter))
         self.entries = list(self._by_parameter.values())
         self._buffers = [
-            (module, name, buffer, buffer.detach().clone(), buffer._version)
+            (module, name, buffer.detach().clone())
             for module in modules
             for name, buffer in module._buffers.items()
             if buffer is not None
@@ -180,12 +180,11 @@ class Scales:
         for module in self._modules:
             if _STATE in vars(module):
                 _undress(module, vars(module)[_STATE])
-        for module, name, buffer, value, version in self._buffers:
+        for module, name, value in self._buffers:  # batch normalisation does not even move a buffer's version
             current = module._buffers.get(name)
-            if current is not None and (current is not buffer or current._version != version):
-                if current.shape == value.shape:
-                    with torch.no_grad():
-                        current.copy_(value)
+            if current is not None and current.shape == value.shape:
+                with torch.no_grad():
+                    current.copy_(value)
         for entry in self.entries:
             remove(entry.parameter, INIT_PROBE)
             remove(entry.parameter, INIT_SCALE)
@@ -284,8 +283,7 @@ def _class_with_scales(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn
         with contextlib.ExitStack() as stack:
             stack.enter_context(differentiable_kernels())
             if is_recurrent:  # those of cuDNN and oneDNN have no second derivative
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+                stack.enter_context(_compat.plain_recurrent_kernels())
             return kind.__call__(self, *args, **kwargs)
 
     def _save_to_state_dict(self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -321,7 +319,7 @@ def _class_with_scales(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn
         return _plain_copy(self, memo)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        return _plain_copy(self, {}).__reduce_ex__(protocol)
+        return _plain_copy(self, {}).__reduce_ex__(1)  # a later protocol wants the copy to be of this very class
 
     namespace: dict[str, Any] = {name: reader(name) for name in names}
     namespace |= {

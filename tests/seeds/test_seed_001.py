@@ -95,7 +95,7 @@ def test_detach(model, data_loader, way):
 def test_mixed_precision(model, data_loader):
     before = copy.deepcopy(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    with pytest.warns(MixedPrecisionInit, match="works worse in mixed precision"), GradInitWrapper(model) as ginit:
+    with pytest.warns(MixedPrecisionInit, match="works worse in mixed precision"), GradInitWrapper(model) as ginit:  # noqa: PT031
         # it is important to create optimizer after wraping your model
         optimizer = torch.optim.Adam(model.parameters())
         norm = 1  # use 2 for the SGD optimizer
