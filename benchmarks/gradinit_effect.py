@@ -23,7 +23,7 @@ from benchmarks.pictures import Curves, Line
 from benchmarks.tables import MISSING, table
 from benchmarks.worker import Task
 
-SEEDS = (0, 1, 2, 3, 4)
+SEEDS = (10, 11, 12, 13, 14)  # the nets and the options of learning were chosen with 0 to 3
 PROCESSES = 2  # of one thread each: the nets are too small for more
 TIMED_STEPS, SKIPPED_STEPS = 20, 5  # of training, for its price
 LEARNING_SEED = 1000  # learning sees other batches than training
