@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import UserDict
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -13,6 +15,8 @@ from torch.utils import _pytree as pytree
 from graphopt.errors import OptionError
 
 Overlap = Literal["halves", "thirds", "none"]
+
+_ENDED = object()
 
 
 class Draws:
@@ -56,11 +60,11 @@ class Draws:
         """The next batch."""
         if self._waiting:
             return self._waiting.pop(0)
-        batch = next(self._iterator, None)
-        if batch is None and iter(self._batches) is not self._batches:
-            self._iterator = iter(self._batches)
-            batch = next(self._iterator, None)
-        if batch is None:
+        batch = next(self._iterator, _ENDED)
+        if batch is _ENDED:
+            self._iterator = iter(self._batches)  # an iterator gives itself, and has ended still
+            batch = next(self._iterator, _ENDED)
+        if batch is _ENDED:
             raise OptionError(
                 f"batches ended after {self.num_drawn}. The model was not changed. Give what can be iterated over again (a list, "
                 "a DataLoader), or fewer steps: an iteration takes a batch for the gradient, and one for the look-ahead step"
@@ -95,7 +99,8 @@ class Draws:
 
 def count_samples(batch: Any) -> int:
     """Samples of a batch: the size of the first axis that its tensors share."""
-    sizes = {leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim}
+    leaves = pytree.tree_leaves(_opened(batch))
+    sizes = {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
     shared = sizes - {1} or sizes
     if len(shared) != 1:
         raise OptionError(
@@ -108,9 +113,9 @@ def count_samples(batch: Any) -> int:
 def join(first: Any, second: Any) -> Any:
     """One batch with the samples of both."""
     num_first, num_second = count_samples(first), count_samples(second)
-    leaves, structure = pytree.tree_flatten(first)
-    others = pytree.tree_leaves(second)
-    if len(leaves) != len(others):
+    leaves, structure = pytree.tree_flatten(_opened(first))
+    others, other_structure = pytree.tree_flatten(_opened(second))
+    if structure != other_structure:
         raise OptionError("two batches have different structures, and cannot be joined; use overlap='thirds' or 'none'")
     joined = []
     for one, other in zip(leaves, others, strict=True):
@@ -123,7 +128,7 @@ def join(first: Any, second: Any) -> Any:
                 "for the look-ahead step. Pad them to one length, or use overlap='thirds' or 'none'"
             )
         joined.append(torch.cat([one, other]))
-    return pytree.tree_unflatten(joined, structure)
+    return _closed(pytree.tree_unflatten(joined, structure), first)
 
 
 def _cut(batch: Any, num: int) -> list[Any]:
@@ -134,9 +139,24 @@ def _cut(batch: Any, num: int) -> list[Any]:
     edges = [rows * part // num for part in range(num + 1)]
 
     def part_of(start: int, end: int) -> Any:
-        return pytree.tree_map(lambda leaf: leaf[start:end] if _has_samples(leaf, rows) else leaf, batch)
+        part = pytree.tree_map(lambda leaf: leaf[start:end] if _has_samples(leaf, rows) else leaf, _opened(batch))
+        return _closed(part, batch)
 
     return [part_of(start, end) for start, end in pairwise(edges)]
+
+
+def _opened(batch: Any) -> Any:
+    """What pytree can look into: `transformers.BatchEncoding` is a `UserDict`, which it takes for a leaf."""
+    return batch.data if isinstance(batch, UserDict) else batch
+
+
+def _closed(data: Any, like: Any) -> Any:
+    """The opposite of `_opened`."""
+    if not isinstance(like, UserDict):
+        return data
+    closed = copy.copy(like)
+    closed.data = data
+    return closed
 
 
 def _has_samples(leaf: Any, rows: int) -> bool:

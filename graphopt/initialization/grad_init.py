@@ -13,7 +13,7 @@ from graphopt.errors import InitError
 from graphopt.initialization.batches import Draws
 from graphopt.initialization.init_result import InitStep
 from graphopt.initialization.rescale_adam import RescaleAdam
-from graphopt.initialization.searching import Search
+from graphopt.initialization.searching import Search, listed
 
 
 class GradInitSearch:
@@ -37,6 +37,7 @@ class GradInitSearch:
         self._search, self._adam = search, adam
         self._is_adam, self._eta, self._gamma, self._normalize_grad = optimizer == "adam", eta, gamma, normalize_grad
         self._expects_constraint = True
+        self._signs = torch.empty(0)
 
     def run(self, draws: Draws, steps: int) -> Iterator[InitStep]:
         """Iterate; the scales in the model are up to date after each."""
@@ -80,7 +81,21 @@ class GradInitSearch:
             del differentiable
             lookahead, found = self._look_ahead(grads, norm, draws.look_ahead())
         self._adam.step(found, is_constraint=is_constraint)
+        self._check_scales(number, lookahead)
         return InitStep(number, loss, norm, is_constraint, lookahead)
+
+    def _check_scales(self, number: int, lookahead: float | None) -> None:
+        is_finite = torch.isfinite(self._adam.scales).tolist()
+        if all(is_finite):
+            return
+        names = listed([name for name, good in zip(self._search.names, is_finite, strict=True) if not good])
+        raise InitError(
+            f"iteration {number}: the norm of the gradient has no finite derivative with respect to the scales of {names}. The "
+            "model was not changed. A larger gamma does without second derivatives"
+            if lookahead is None
+            else f"iteration {number}: the loss after a step of the optimizer, {lookahead:.4g}, has no finite derivative with "
+            f"respect to the scales of {names}. The model was not changed. Lower eta, the length of that step"
+        )
 
     def _twice_differentiable(self, batch: Any) -> tuple[float, list[Tensor | None], list[Tensor | None]]:
         """Loss and gradient of the scaled model on one batch; the second time with its graph."""
@@ -88,10 +103,17 @@ class GradInitSearch:
         grads = self._search.scaled.scales.gradients(loss, create_graph=True)
         return float(loss.detach()), [None if grad is None else grad.detach() for grad in grads], grads
 
+    def _sign(self, grad: Tensor) -> Tensor:
+        """In memory that the next call uses again: fresh memory takes longer than the signs do."""
+        if self._signs.numel() < grad.numel() or self._signs.dtype != grad.dtype or self._signs.device != grad.device:
+            largest = max(weight.numel() for weight in self._search.weights)
+            self._signs = grad.new_empty(largest)
+        return torch.sign(grad, out=self._signs[: grad.numel()].view(grad.shape))
+
     def _norm(self, grads: Sequence[Tensor | None]) -> float:
         order = 1 if self._is_adam else 2
         wide = torch.promote_types(self._search.weights[0].dtype, torch.float32)
-        each = [torch.linalg.vector_norm(grad, order, dtype=wide) for grad in grads if grad is not None]
+        each = [torch.linalg.vector_norm(grad.to(wide), order) for grad in grads if grad is not None]
         return float(torch.linalg.vector_norm(torch.stack([value.to(each[0].device) for value in each]), order))
 
     def _directions(self, grads: Sequence[Tensor | None], norm: float) -> list[Tensor | None]:
@@ -117,8 +139,9 @@ class GradInitSearch:
         values = self._search.scaled_weights(self._adam.scales)
         for value, grad in zip(values, grads, strict=True):
             if grad is not None and self._is_adam:
-                value.sub_(grad.sign().to(value.dtype), alpha=self._eta)
+                value.sub_(self._sign(grad).to(value.dtype), alpha=self._eta)
             elif grad is not None:
                 value.sub_(grad.to(value.dtype), alpha=self._eta / (norm if self._normalize_grad else 1.0))
+        del grads
         loss, after = self._search.first_order(values, batches)
         return loss, self._search.products(after) / self._eta

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from graphopt.compilation import check_compiler
 from graphopt.errors import MixedPrecisionInit, OptionError
+from graphopt.initialization import meta_init
 from graphopt.initialization.batches import Draws, Overlap
 from graphopt.initialization.grad_init import GradInitSearch
 from graphopt.initialization.init_result import InitResult, InitStep
@@ -115,7 +117,7 @@ def learn_init(
         overlap: how S~ is made: ``"halves"``; ``"thirds"`` of each batch, for batches that cannot be joined; ``"none"``.
         accumulate: how many batches make an S, one backward pass for each.
         normalize_grad: for SGD: whether A is g / |g|_2 or g.
-        clip: bound of each scale's gradient; default: none and 1.
+        clip: bound of each scale's gradient; default: none and 1. Not in log space, where only signs count.
         min_scale: least scale of weights; biases (what has a name that ends so) may go to 0.
         max_scale: greatest scale; default none.
         compiler: ``"inductor"`` (default), ``"aot_eager"``, or ``"eager"``: no compilation at all. A model that is transformed
@@ -141,9 +143,20 @@ def learn_init(
     ):
         if value not in allowed:
             raise OptionError(f"learn_init({option}={value!r}): it is one of {list(allowed)}")
-    for option, number in (("eta", eta), ("gamma", gamma), ("lr", lr), ("clip", clip), ("max_scale", max_scale)):
-        if number is not None and not number >= 0:
+    for option, number in (
+        ("eta", eta),
+        ("gamma", gamma),
+        ("lr", lr),
+        ("clip", clip),
+        ("min_scale", min_scale),
+        ("max_scale", max_scale),
+    ):
+        if number is not None and not (isinstance(number, Real) and number >= 0):
             raise OptionError(f"learn_init({option}={number!r}): it is a number, not below 0")
+    if eta == 0:
+        raise OptionError("learn_init(eta=0): the loss is divided by the length of the step, so it is above 0")
+    if max_scale is not None and max_scale < min_scale:
+        raise OptionError(f"learn_init(min_scale={min_scale!r}, max_scale={max_scale!r}): no scale lies between them")
     for option, count in (("steps", steps), ("accumulate", accumulate)):
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise OptionError(f"learn_init({option}={count!r}): it is an int, at least 1")
@@ -159,7 +172,7 @@ def learn_init(
         measured = [draws.take() for _ in range(_NUM_MEASURED if method != "lsuv" else 1)]
         draws.again(measured)
         scales = torch.ones(len(search.weights), dtype=torch.float64, device=search.weights[0].device)
-        before = search.measure(scales, measured)
+        before, unmoved = search.measure(scales, measured), list[str]()
         if start == "he":
             scales = he_scales(search)
         if method == "lsuv":
@@ -169,7 +182,7 @@ def learn_init(
         else:
             log = space == "log"
             eps = _TINY if log else 1e-8
-            search.check_start(scales, measured[:1], eps)
+            unmoved = search.check_start(scales, measured[:1], eps)
             adam = RescaleAdam(
                 scales,
                 ~torch.tensor(search.is_zero, device=scales.device),
@@ -189,7 +202,8 @@ def learn_init(
                 gamma=defaults.gamma if gamma is None else gamma,
                 normalize_grad=normalize_grad,
             ).run(draws, steps or defaults.steps)
-        trajectory = _run(iterations, steps or defaults.steps, progress, method)
+        total = {"gradinit": steps or defaults.steps, "metainit": steps or meta_init.STEPS, "lsuv": None}[method]
+        trajectory = _run(iterations, total, progress, method)
         if scaled.saw_autocast:
             warnings.warn(
                 "GradInit works worse in mixed precision: second derivatives lose digits. Learn the initialisation in full "
@@ -200,10 +214,11 @@ def learn_init(
         found = torch.stack([scale.detach().to(torch.float64) for scale in scaled.scales.scales])
         after = search.measure(found, measured)
         scaled.detach(fold=True)
-    left_alone = {
+    left_alone = dict.fromkeys(unmoved, "its gradient is too small to move a scale")
+    left_alone |= {
         name: "all zero" if zero else "no gradient reaches it"
-        for name, zero in zip(search.names, search.is_zero, strict=True)
-        if zero or before[name].grad_norm == 0 == after[name].grad_norm
+        for name, zero, scale in zip(search.names, search.is_zero, found.tolist(), strict=True)
+        if zero or (scale == 1 and before[name].grad_norm == 0 == after[name].grad_norm)
     }
     return InitResult(
         method, dict(zip(search.names, found.tolist(), strict=True)), trajectory, before, after, left_alone
@@ -255,7 +270,7 @@ def _min_scales(search: Search, least: float) -> torch.Tensor:
     )
 
 
-def _run(iterations: Iterator[InitStep], total: int, progress: bool, method: str) -> list[InitStep]:
+def _run(iterations: Iterator[InitStep], total: int | None, progress: bool, method: str) -> list[InitStep]:
     """Run all iterations, with a bar that shows how they go."""
     bar = _bar(total, method) if progress else None
     trajectory: list[InitStep] = []
@@ -274,7 +289,7 @@ def _run(iterations: Iterator[InitStep], total: int, progress: bool, method: str
     return trajectory
 
 
-def _bar(total: int, method: str) -> Any:
+def _bar(total: int | None, method: str) -> Any:
     try:
         from tqdm.auto import tqdm
     except ImportError:

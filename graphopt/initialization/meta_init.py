@@ -12,15 +12,18 @@ from graphopt.initialization.batches import Draws
 from graphopt.initialization.init_result import InitStep
 from graphopt.initialization.searching import Search
 
+STEPS = 500  # of the authors
+
 
 class MetaInitSearch:
     """Iterations of MetaInit, by signs with momentum on the norms of weights.
 
-    With g the gradient, H the Hessian, and N the number of weights, the gradient quotient is
+    With g the gradient, H the Hessian, and N the number of parameters that have a gradient, the gradient quotient is
 
         GQ = 1/N sum |(g - H g) / (g + eps sign(g)) - 1|,
 
-    of which the derivative is of third order; it runs eagerly. Vectors (biases, norms) keep their scale.
+    of which the derivative is of third order; it runs eagerly. Vectors (biases, norms) count, and keep their scale. Over several
+    batches or processes the quotients are averaged.
 
     Args:
         search: the model with scales.
@@ -44,16 +47,17 @@ class MetaInitSearch:
     def run(self, draws: Draws, steps: int | None) -> Iterator[InitStep]:
         """Iterate; the scales in the model are up to date after each."""
         self._search.set_scales(self._scales)
-        for number in range(500 if steps is None else steps):
+        for number in range(STEPS if steps is None else steps):
             loss, norm, quotient, derivative = self._quotient(draws)
-            if not bool(torch.isfinite(quotient)):
+            if not bool(torch.isfinite(quotient)) or not bool(torch.isfinite(derivative[self._is_active]).all()):
                 raise InitError(
-                    f"iteration {number}: the gradient quotient is {float(quotient):.4g}. The model was not changed. Lower lr, "
-                    "or start='he'"
+                    f"iteration {number}: the gradient quotient is {float(quotient):.4g}, and it or its derivative is not "
+                    "finite. The model was not changed. Lower lr, or start='he'"
                 )
-            signs = torch.where(self._is_active, derivative.sign(), 0)
+            sides = self._scales.sign()  # a norm that passes 0 comes back as that of the opposite weight
+            signs = torch.where(self._is_active, derivative.sign() * sides, 0)
             self._velocity = self._momentum * self._velocity - self._lr * signs
-            moved = self._scales + self._velocity / self._norms.clamp(min=1e-30)
+            moved = self._scales + sides * self._velocity / self._norms.clamp(min=1e-30)
             self._scales = torch.where(self._is_active, moved, self._scales)
             self._search.set_scales(self._scales)
             yield InitStep(number, loss, norm, objective=float(quotient))
@@ -66,7 +70,7 @@ class MetaInitSearch:
         for batch in batches:
             loss = self._search.loss(batch)
             grads = scales.gradients(loss)
-            used = [position for position, grad in enumerate(grads) if grad is not None and self._is_active[position]]
+            used = [position for position, grad in enumerate(grads) if grad is not None]
             present = [grad for position in used if (grad := grads[position]) is not None]
             half = torch.stack([grad.square().sum() for grad in present]).sum() / 2
             products = scales.gradients(half)

@@ -38,6 +38,7 @@ class Search:
         self.parameters = [entry.parameter for entry in entries]
         self.weights = [entry.parameter.data for entry in entries]
         self.is_zero = [not bool(weight.any()) for weight in self.weights]
+        self._scratch: list[Tensor] = []
 
     def call(self, batch: Any) -> Any:
         """Whatever ``loss_fn`` does with the model."""
@@ -67,15 +68,21 @@ class Search:
         with self.scaled.unscaled():
             for parameter, value in zip(self.parameters, values, strict=True):
                 parameter.data = value
+            torch.clear_autocast_cache()  # under the caller's autocast it holds casts of other values
             try:
                 yield
             finally:
                 for parameter, weight in zip(self.parameters, self.weights, strict=True):
                     parameter.data = weight
+                torch.clear_autocast_cache()
 
     def scaled_weights(self, scales: Tensor) -> list[Tensor]:
-        """``scale * weight`` for each parameter."""
-        return [(weight * scale).to(weight.dtype) for weight, scale in zip(self.weights, scales.unbind(), strict=True)]
+        """``scale * weight`` for each parameter, in memory that the next call uses again."""
+        if not self._scratch:
+            self._scratch = [torch.empty_like(weight) for weight in self.weights]
+        for weight, scale, out in zip(self.weights, scales.unbind(), self._scratch, strict=True):
+            torch.mul(weight, scale, out=out)
+        return list(self._scratch)
 
     def first_order(self, values: Sequence[Tensor], batches: Sequence[Any]) -> tuple[float, list[Tensor | None]]:
         """Mean loss over batches and processes, and its gradient, with the parameters at ``values``."""
@@ -84,11 +91,15 @@ class Search:
             for batch in batches:
                 loss = self.loss(batch)
                 found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-                total = total.to(loss.device) + loss.detach().to(torch.float32) / len(batches)
+                total = total.to(loss.device) + loss.detach().to(_wide(loss)) / len(batches)
                 sums = [_added(one, other, len(batches)) for one, other in zip(sums, found, strict=True)]
-        for grad in sums:
-            if grad is not None:
-                self.scaled.average(grad)
+        if self.scaled.group is not None:  # a collective for what any of the processes has
+            present = self.scaled.average(
+                torch.tensor([grad is not None for grad in sums], device=total.device).float()
+            )
+            for position, (grad, value, part) in enumerate(zip(sums, values, present.tolist(), strict=True)):
+                if part:
+                    sums[position] = self.scaled.average(torch.zeros_like(value) if grad is None else grad)
         return float(self.scaled.average(total)), sums
 
     def set_scales(self, scales: Tensor) -> None:
@@ -119,11 +130,14 @@ class Search:
             found[name] = InitStatistics(float(value.norm()), variance, float(present.mean(0).norm()))
         return found
 
-    def check_start(self, scales: Tensor, batches: Sequence[Any], eps: float) -> None:
+    def check_start(self, scales: Tensor, batches: Sequence[Any], eps: float) -> list[str]:
         """Refuse a model in which no gradient reaches the weights.
 
+        Returns:
+            The matrices that no gradient to speak of reaches, if they are few.
+
         Raises:
-            InitError: the loss or a gradient is not finite, or gradients of weights underflow.
+            InitError: the loss or a gradient is not finite, or gradients of half of the matrices or more underflow.
         """
         loss, grads = self.first_order(self.scaled_weights(scales), batches)
         if not math.isfinite(loss):
@@ -133,7 +147,7 @@ class Search:
             )
         if odd := [n for n, g in zip(self.names, grads, strict=True) if g is not None and not torch.isfinite(g).all()]:
             raise InitError(
-                f"the gradient is not finite in {_listed(odd)}, and the model was not changed. Start with smaller weights: "
+                f"the gradient is not finite in {listed(odd)}, and the model was not changed. Start with smaller weights: "
                 "learn_init(..., start='he')"
             )
         small = self._underflowing(scales, grads, eps)
@@ -147,14 +161,16 @@ class Search:
             ]
             _, unblocked = self.first_order(values, batches)
             small = {name: small[name] for name in self._underflowing(scales, unblocked, eps) if name in small}
-        if small:
+        num_matrices = sum(w.ndim > 1 and not zero for w, zero in zip(self.weights, self.is_zero, strict=True))
+        if small and 2 * len(small) >= num_matrices:
             worst = min(small, key=lambda name: small[name])
             raise InitError(
                 f"gradients underflow before anything is learned, and no scale of these weights could move: "
-                f"{_listed(list(small))} (norm of gradient times norm of weight is {small[worst]:.2g} in {worst}). The model was "
+                f"{listed(list(small))} (norm of gradient times norm of weight is {small[worst]:.2g} in {worst}). The model was "
                 "not changed. Start from He's initialisation, learn_init(..., start='he'), or search in log space, "
                 "learn_init(..., space='log'), which follows any gradient that is not zero"
             )
+        return list(small)
 
     def _underflowing(self, scales: Tensor, grads: Sequence[Tensor | None], eps: float) -> dict[str, float]:
         """Matrices whose scale cannot have a gradient above ``eps``, by Cauchy and Schwarz."""
@@ -206,6 +222,11 @@ def he_scales(search: Search) -> Tensor:
     return torch.tensor(scales, dtype=torch.float64, device=search.weights[0].device)
 
 
+def listed(names: Sequence[str]) -> str:
+    """Names in a message, at most eight of them."""
+    return ", ".join(names[:8]) + (f", and {len(names) - 8} more" if len(names) > 8 else "")
+
+
 def _fan_in(module: nn.Module, weight: Tensor) -> int | None:
     if weight.ndim < 2 or isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return None
@@ -226,7 +247,3 @@ def _added(total: Tensor | None, grad: Tensor | None, num: int) -> Tensor | None
 
 def _wide(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f", and {len(names) - 8} more" if len(names) > 8 else "")
