@@ -11,7 +11,18 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt.annotations import KEYS, NUM_SAMPLES, STAGE, SUM_GRAD_SQUARED, clear, find, get, publish, reconcile
+from graphopt.annotations import (
+    INIT_SCALE,
+    KEYS,
+    NUM_SAMPLES,
+    STAGE,
+    SUM_GRAD_SQUARED,
+    clear,
+    find,
+    get,
+    publish,
+    reconcile,
+)
 from graphopt.errors import GraphoptError, MissingAnnotation, StaleAnnotation
 
 
@@ -33,24 +44,27 @@ def test_get():
     assert param.num_samples == 4
 
 
+BY = {STAGE.name: "LayerToLayer", INIT_SCALE.name: "GradInit"}
+
+
 def test_missing():
     param = nn.Parameter(torch.zeros(3, 2))
     graphopt.annotations.expose()
     for key in KEYS:
         assert find(param, key) is None
         assert not hasattr(param, key.name)
-        by = "LayerToLayer" if key is STAGE else "TrueGrad"
+        by = BY.get(key.name, "TrueGrad")
         with pytest.raises(
             MissingAnnotation, match=rf"shape \(3, 2\) has no {key.name}; it is provided by the pass {by}"
         ):
             get(param, key)
-        since = "before the model has been called" if key is STAGE else "since the gradient was last cleared"
+        since = "before the model has been called" if key.is_lasting else "since the gradient was last cleared"
         with pytest.raises(AttributeError, match=f"no {key.name} {since}; it is provided by"):
             getattr(param, key.name)
 
 
 def test_keys_say_what_they_are():
-    further = {"sample_grad_norm", "sum_position_grad_squared", "grad_variance", "grad_snr", "stage"}
+    further = {"sample_grad_norm", "sum_position_grad_squared", "grad_variance", "grad_snr", "stage", "init_scale"}
     assert {key.name for key in KEYS} == {"sum_grad_squared", "num_samples"} | further
     for key in KEYS:
         assert all((key.shape, key.unit, key.provider, key.doc))

@@ -29,6 +29,8 @@ NAMES = {
     "Layer2Layer",
     "layers",
     "pipeline_stage",
+    "GradInitWrapper",
+    "learn_init",
 }  # grows with design.md, section 5
 
 
