@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 import graphopt
 from graphopt.errors import InitError
@@ -22,27 +23,57 @@ def batches(shape=(16, 5), num=8, classes=3):
     return [(torch.randn(shape, dtype=torch.float64), torch.randint(0, classes, shape[:1])) for _ in range(num)]
 
 
-def mlp():
+def mlp(factor=1.0):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    for layer in (model[0], model[2]):
+        layer.weight.data.mul_(factor)
+    return model
 
 
-def quotient(scales, batch):
-    """The definition, by the Hessian of the loss in the two weight matrices."""
-    model = mlp()
-    shapes = [model[0].weight.shape, model[2].weight.shape]
-    flat = torch.cat([(s * m.weight.detach()).flatten() for s, m in zip(scales, (model[0], model[2]), strict=True)])
+def quotient(model, batch):
+    """The definition, by the Hessian of the loss in all parameters."""
+    params = dict(model.named_parameters())
+    flat = torch.cat([p.detach().flatten() for p in params.values()])
 
     def loss(values):
-        first, last = (
-            part.view(shape) for part, shape in zip(values.split([s.numel() for s in shapes]), shapes, strict=True)
-        )
-        return F.cross_entropy(F.linear(F.linear(batch[0], first, model[0].bias).tanh(), last, model[2].bias), batch[1])
+        parts = values.split([p.numel() for p in params.values()])
+        given = {n: part.view(p.shape) for part, (n, p) in zip(parts, params.items(), strict=True)}
+        return F.cross_entropy(functional_call(model, given, (batch[0],)), batch[1])
 
     grad = torch.autograd.functional.jacobian(loss, flat)
     hessian = torch.autograd.functional.hessian(loss, flat)
     sign = torch.where(grad >= 0, 1.0, -1.0)
     return ((grad - hessian @ grad) / (grad + 1e-5 * sign) - 1).abs().mean()
+
+
+def slopes_of(model, batch, step=1e-6):
+    """The derivative of the quotient with respect to a factor of each parameter, by finite differences."""
+    found = []
+    for p in model.parameters():
+        weight, sides = p.detach().clone(), []
+        for factor in (1 + step, 1 - step):
+            p.data = factor * weight
+            sides.append(quotient(model, batch))
+        p.data = weight
+        found.append((sides[0] - sides[1]) / (2 * step))
+    return torch.stack(found)
+
+
+def authors_loop(model, data, steps, lr=0.1, momentum=0.9):
+    """Algorithm 1: norms of matrices move by signs with momentum; the quotient is over all parameters."""
+    norms = {n: p.detach().norm().item() for n, p in model.named_parameters() if p.ndim > 1}
+    velocities = dict.fromkeys(norms, 0.0)
+    quotients = []
+    for batch in data[:steps]:
+        quotients.append(quotient(model, batch).item())
+        slopes = dict(zip(dict(model.named_parameters()), slopes_of(model, batch), strict=True))
+        for n, p in model.named_parameters():
+            if n in norms:
+                norm = p.detach().norm().item()
+                velocities[n] = momentum * velocities[n] - lr * torch.sign(slopes[n]).item()
+                p.data = p.data * ((norm + velocities[n]) / norm)
+    return quotients
 
 
 def test_gradient_quotient():
@@ -51,22 +82,26 @@ def test_gradient_quotient():
     search = MetaInitSearch(Search(scaled, loss_fn), torch.ones(4, dtype=torch.float64), lr=None)
     _, _, found, slopes = search._quotient(Draws([batch]))
     scaled.detach(fold=False)
-    ones, step = torch.ones(2, dtype=torch.float64), 1e-6
-    torch.testing.assert_close(found, quotient(ones, batch), rtol=1e-9, atol=0)
-    for position, place in ((0, 0), (2, 1)):
-        move = step * F.one_hot(torch.tensor(place), 2)
-        slope = (quotient(ones + move, batch) - quotient(ones - move, batch)) / (2 * step)
-        torch.testing.assert_close(slopes[position], slope, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, quotient(mlp(), batch), rtol=1e-9, atol=0)
+    torch.testing.assert_close(slopes, slopes_of(mlp(), batch), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("factor", "lr"), [(1.0, None), (2.0, 0.7)], ids=["default", "a norm passes 0"])
+def test_meta_init_as_its_authors_have_it(factor, lr):
+    model, theirs = mlp(factor), mlp(factor)
+    data = batches(num=12)
+    result = graphopt.learn_init(model, loss_fn, data, method="metainit", lr=lr, steps=12, progress=False)
+    quotients = authors_loop(theirs, data, 12, lr=lr or 0.1)
+    assert [step.objective for step in result.trajectory] == pytest.approx(quotients, rel=1e-9)
+    for ours, other in zip(model.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-9, atol=0)
+    assert (min(result.scales.values()) < 0) == (lr == 0.7)
 
 
 def test_meta_init_lowers_the_quotient():
-    model = mlp()
-    with torch.no_grad():
-        model[0].weight.mul_(8)
-        model[2].weight.mul_(8)
-    result = graphopt.learn_init(model, loss_fn, batches()[:1], method="metainit", steps=60, progress=False)
+    result = graphopt.learn_init(mlp(4.0), loss_fn, batches()[:1], method="metainit", steps=60, progress=False)
     first, last = result.trajectory[0].objective, result.trajectory[-1].objective
-    assert last < 0.6 * first
+    assert last < 0.4 * first
     assert result.scales["0.bias"] == 1
 
 
