@@ -1,7 +1,10 @@
 """How batches are drawn, cut and joined."""
 
+from collections import UserDict
+
 import pytest
 import torch
+from transformers import BatchEncoding
 
 from graphopt.errors import OptionError
 from graphopt.initialization.batches import Draws, count_samples, join
@@ -78,9 +81,42 @@ def test_any_structure():
     assert count_samples(batch) == 4
 
 
+@pytest.mark.parametrize("kind", [BatchEncoding, UserDict])
+def test_dicts_of_users(kind):
+    draws = Draws([kind({"x": torch.arange(4) + 10 * k}) for k in range(2)])
+    draws.draw()
+    (joined,) = draws.look_ahead()
+    assert type(joined) is kind
+    assert joined["x"].tolist() == [0, 1, 12, 13]
+    assert draws.take()["x"].tolist() == [0, 1, 2, 3]
+
+
+class Loader:
+    """Starts workers, which takes time, whenever it is iterated over."""
+
+    starts = 0
+
+    def __iter__(self):
+        self.starts += 1
+        yield from numbered(2)
+
+
+def test_loaders_start_as_often_as_needed():
+    loader = Loader()
+    draws = Draws(loader)
+    for _ in range(5):
+        draws.take()
+    assert loader.starts == 3
+
+
+def test_nothing_is_a_batch():
+    assert Draws([None, None]).take() is None
+
+
 ODD = {
     "lengths": (lambda: join(torch.ones(2, 3), torch.ones(2, 5)), r"shapes \(2, 3\) and \(2, 5\) cannot be joined"),
     "structure": (lambda: join([torch.ones(2)], [torch.ones(2)] * 2), "different structures"),
+    "order": (lambda: join({"x": torch.ones(2), "y": 3}, {"y": 3, "x": torch.ones(2)}), "different structures"),
     "rows": (lambda: count_samples([torch.ones(2), torch.ones(3)]), r"have \[2, 3\] rows"),
     "nothing": (lambda: count_samples([1]), "have no rows"),
     "one row": (

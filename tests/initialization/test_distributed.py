@@ -31,16 +31,12 @@ def loss_fn(model, batch):
 
 def batches(num=20):
     torch.manual_seed(1)
-    return [(torch.randn(8, 6, dtype=torch.float64), torch.randint(0, 3, (8,))) for _ in range(num)]
+    return [(torch.randn(12, 6, dtype=torch.float64), torch.randint(0, 3, (12,))) for _ in range(num)]
 
 
-def part_of(batch, rank):
-    return tuple(tensor[4 * rank : 4 * rank + 4] for tensor in batch)
-
-
-def joined(data):
-    """What the ranks have together; their halves for the look-ahead step are not those of the joined batch."""
-    return [tuple(torch.cat(pair) for pair in zip(part_of(b, 0), part_of(b, 1), strict=True)) for b in data]
+def part_of(batch, rank, pieces=1):
+    """What a rank gets of a batch: its half of each piece, so that the pieces of all ranks are those of the batch."""
+    return tuple(torch.cat([piece.chunk(2)[rank] for piece in tensor.chunk(pieces)]) for tensor in batch)
 
 
 def wrapper_steps(model, data, norm, gamma):
@@ -70,15 +66,19 @@ def test_wrapper(ranks, norm, gamma):
     torch.testing.assert_close(grads, others, rtol=0, atol=0)
 
 
-def learned(rank, options):
+def learned(rank, options, pieces=1):
     model = DistributedDataParallel(net())
-    data = [part_of(batch, rank) for batch in batches()]
-    return graphopt.learn_init(model, loss_fn, data, **options).scales
+    data = [part_of(batch, rank, pieces) for batch in batches()]
+    result = graphopt.learn_init(model, loss_fn, data, **options)
+    loss_fn(model, data[0]).backward()  # DDP reduces again
+    return result.scales, [p.grad.clone() for p in model.parameters()], [step.loss for step in result.trajectory]
 
 
 OPTIONS = {
     "constraint": {"gamma": 0.0},
-    "look-ahead": {"gamma": 1e9, "overlap": "none"},
+    "look-ahead": {"gamma": 1e9},
+    "thirds": {"gamma": 1e9, "optimizer": "sgd", "overlap": "thirds"},
+    "no overlap": {"gamma": 12.0, "overlap": "none"},
     "accumulated": {"gamma": 0.0, "optimizer": "sgd", "accumulate": 2},
     "compiled": {"gamma": 0.0, "compiler": "aot_eager"},
 }
@@ -87,6 +87,62 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_learn_init(ranks, name):
     options = {"steps": STEPS, "lr": 0.01, "compiler": "eager", "progress": False, **OPTIONS[name]}
-    first, second = ranks(learned, options)
+    (first, grads, losses), (second, others, _) = ranks(learned, options, 3 if name == "thirds" else 2)
     assert first == second
-    assert first == pytest.approx(graphopt.learn_init(net(), loss_fn, batches(), **options).scales, rel=1e-9)
+    torch.testing.assert_close(grads, others, rtol=0, atol=0)
+    alone = graphopt.learn_init(net(), loss_fn, batches(), **options)
+    assert first == pytest.approx(alone.scales, rel=1e-9)
+    assert losses == pytest.approx([step.loss for step in alone.trajectory], rel=1e-9)
+
+
+@pytest.mark.parametrize("method", ["metainit", "lsuv"])
+def test_other_methods_agree(ranks, method):
+    (first, *_), (second, *_) = ranks(learned, {"method": method, "steps": 2, "progress": False})
+    assert first == second
+    assert first["0.weight"] != 1
+
+
+class Forked(nn.Module):
+    """What one rank uses, the other may not."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.extra, self.unused = nn.Linear(6, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x, use_extra):
+        x = self.first(x).tanh()
+        return self.extra(x) if use_extra else x
+
+
+def forked():
+    torch.manual_seed(0)
+    return Forked().double()
+
+
+def forked_loss(model, batch):
+    x, y, use_extra = batch
+    return F.cross_entropy(model(x, use_extra), y)
+
+
+def forked_batches(rank):
+    return [(*part_of(batch, rank), rank == 0) for batch in batches(8)]
+
+
+def learned_forked(rank, options):
+    model = DistributedDataParallel(forked(), find_unused_parameters=True)
+    return graphopt.learn_init(model, forked_loss, forked_batches(rank), **options)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1e9])
+def test_parameters_that_one_rank_does_not_use(ranks, gamma):
+    options = {"gamma": gamma, "overlap": "none", "steps": 3, "lr": 0.01, "compiler": "eager", "progress": False}
+    first, second = ranks(learned_forked, options)
+    assert first.scales == second.scales
+    both = [batch for pair in zip(forked_batches(0), forked_batches(1), strict=True) for batch in pair]
+    alone = graphopt.learn_init(forked(), forked_loss, both, accumulate=2, **options)
+    assert first.scales == pytest.approx(alone.scales, rel=1e-9)
+    assert (
+        first.left_alone
+        == alone.left_alone
+        == dict.fromkeys(["unused.weight", "unused.bias"], "no gradient reaches it")
+    )
