@@ -147,8 +147,8 @@ def compile_twice_differentiable(
     scales = {node.args[1] for node in module.graph.find_nodes(op="call_function", target=SCALE_PARAMETER)}
     placeholders = module.graph.find_nodes(op="placeholder")
     is_scale = [node in scales for node in placeholders]
-    joint, num_outputs = _joint(module, fake_inputs, is_scale)
-    return _Program(joint, num_outputs, fake_inputs, is_scale, compile_one)
+    joint, has_tangent = _joint(module, fake_inputs, is_scale)
+    return _Program(joint, has_tangent, fake_inputs, compile_one)
 
 
 class _Program:
@@ -157,11 +157,11 @@ class _Program:
     def __init__(
         self,
         joint: GraphModule,
-        num_outputs: int,
+        has_tangent: Sequence[bool],
         fake_inputs: Sequence[Any],
-        is_scale: Sequence[bool],
         compile_one: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]],
     ) -> None:
+        num_outputs = len(has_tangent)
         forward, backward = _compat.min_cut_partition(joint, num_outputs)
         inputs = forward.graph.find_nodes(op="placeholder")
         (returned,) = forward.graph.find_nodes(op="output")
@@ -184,7 +184,8 @@ class _Program:
         place |= {node: (True, position) for position, node in enumerate(inputs)}
         self.saved = [place[node] for node in saved]
         tangents = [node for node in taken if node.name not in kept]
-        self.tangents = [int(node.name.removeprefix("tangents_")) - 1 for node in tangents]
+        with_tangent = [position for position, has_it in enumerate(has_tangent) if has_it]
+        self.tangents = [with_tangent[int(node.name.removeprefix("tangents_")) - 1] for node in tangents]
         self.tangent_likes = [cast(Tensor, node.meta["val"]) for node in tangents]
         (returned,) = backward.graph.find_nodes(op="output")
         found = list(pytree.tree_leaves(returned.args[0], is_leaf=lambda leaf: leaf is None))
@@ -376,14 +377,14 @@ def _explained() -> Iterator[None]:
         ) from error
 
 
-def _joint(module: GraphModule, fake_inputs: Sequence[Any], is_scale: Sequence[bool]) -> tuple[GraphModule, int]:
-    """The region together with its first derivative, of plain operators; and how many results are outputs."""
+def _joint(module: GraphModule, fake_inputs: Sequence[Any], is_scale: Sequence[bool]) -> tuple[GraphModule, list[bool]]:
+    """The region together with its first derivative, of plain operators; and which outputs have a tangent."""
     interpreter = _Tracing(module)
-    counts: list[int] = []
+    has_tangent: list[list[bool]] = []
 
     def run(*inputs: Any) -> list[Any]:
         outputs = list(interpreter.run(*inputs))
-        counts.append(len(outputs))
+        has_tangent.append([_requires_grad(value) for value in outputs])
         seen = {value.untyped_storage()._cdata for value in inputs if isinstance(value, Tensor)}
         for position, value in enumerate(outputs):
             if isinstance(value, Tensor):
@@ -408,7 +409,9 @@ def _joint(module: GraphModule, fake_inputs: Sequence[Any], is_scale: Sequence[b
             _detach_arguments(node, positions)
     joint.graph.eliminate_dead_code()
     joint.recompile()
-    return joint, counts[-1]
+    num_tangents = sum(node.name.startswith("tangents_") for node in joint.graph.find_nodes(op="placeholder"))
+    assert num_tangents == sum(has_tangent[0])
+    return joint, has_tangent[0]
 
 
 def _detach_arguments(node: Node, positions: Sequence[int]) -> None:

@@ -12,6 +12,8 @@ import graphopt
 from graphopt import compilation, second_order
 from graphopt.errors import UnsupportedError
 from graphopt.passes import GradInit, LayerToLayer
+from tests import models
+from tests.layered_models import MODELS, scalar
 
 IMAGE, SEQUENCE, ROWS = (3, 4, 8, 8), (3, 5, 8), (4, 6)
 
@@ -216,6 +218,22 @@ def test_as_eager(name, compiler):
     expected = differentiate(copy.deepcopy(model), x, SCALES)
     found = differentiate(graphopt.transform(model, compiler=compiler), x, SCALES)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_values_between_layers(name):
+    """Regions that hand each other several values, with and without gradients, are differentiated as one."""
+    torch.manual_seed(0)
+    model, kwargs = MODELS[name].build()
+    model, values = models.double(model.eval(), tuple(kwargs.values()))
+    kwargs = dict(zip(kwargs, values, strict=True))
+    found = []
+    for wrapped in (copy.deepcopy(model), graphopt.transform(model, compiler="aot_eager")):
+        with graphopt.GradInitWrapper(wrapped) as ginit:
+            total = ginit.grad_loss(scalar(wrapped(**kwargs)), norm=2, gamma=0.0)
+            total.backward()
+            found.append((total.detach(), [scale.grad for scale in ginit.parameters()]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-7, atol=1e-9)
 
 
 def test_equal_layers_are_compiled_once(monkeypatch):
