@@ -28,6 +28,13 @@ def written_arguments(node: Node) -> list[Node]:
 
 def root_of(node: Node) -> Node:
     """The value whose memory a node looks at, behind all views."""
+    return views(node)[-1]
+
+
+def views(node: Node) -> list[Node]:
+    """A node and what it is a view of, up to the value whose memory they look at."""
+    found = [node]
     while node.op == "call_function" and is_view(node):
         node = cast(Node, cast(tuple[Any, ...], node.args)[0])
-    return node
+        found.append(node)
+    return found

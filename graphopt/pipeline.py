@@ -20,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -318,5 +319,6 @@ def _verify(graph: CapturedGraph) -> None:
             f"{len(names)} placeholders, {len(graph.inputs)} inputs and {len(graph.fake_inputs)} fake inputs"
         )
     for node in graph.graph_module.graph.nodes:
-        if node.op == "call_function" and "val" not in node.meta:
+        returns_nothing = isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns
+        if node.op == "call_function" and "val" not in node.meta and not returns_nothing:
             raise ValueError(f"the node {node.name} ({operator_name(node)}) has no meta['val']")

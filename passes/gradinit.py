@@ -35,6 +35,10 @@ from graphopt.second_order import SCALE_PARAMETER
 aten = torch.ops.aten
 
 _RECURRENT = ("graphopt::lstm", "graphopt::gru", "graphopt::rnn")
+_EAGERLY = (
+    "Learn the initialisation without compiling the model: learn_init(..., compiler='eager'), or "
+    "GradInitWrapper(graphopt.restore(model))"
+)
 # Normalisations: where their running statistics stand among the arguments, and the flag that says whether they are updated.
 _RUNNING = {aten.batch_norm.default: (3, 5), aten.instance_norm.default: (3, 5)}
 
@@ -82,6 +86,8 @@ class GradInit(Pass):
         if not self.awake or graph.graph_module.graph.find_nodes(op="call_function", target=SCALE_PARAMETER):
             return PassResult(graph, 0)
         _refuse_recurrent(graph)
+        _refuse_written(graph)
+        _make_dense(graph)
         kept = _keep_running_statistics(graph)
         placeholders, inputs = graph.placeholders, list(graph.inputs)
         scaled = num_uses = 0
@@ -104,10 +110,27 @@ def _refuse_recurrent(graph: CapturedGraph) -> None:
     for node in graph.graph_module.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _RECURRENT:
             raise UnsupportedError(
-                f"{describe(node)} is a recurrent layer, whose gradient cannot be differentiated in a captured graph. Learn the "
-                "initialisation without compiling the model: learn_init(..., compiler='eager'), or "
-                "GradInitWrapper(graphopt.restore(model))"
+                f"{describe(node)} is a recurrent layer, whose gradient cannot be differentiated in a captured graph. {_EAGERLY}"
             )
+
+
+def _refuse_written(graph: CapturedGraph) -> None:
+    """Autograd does not see such a write, and passes the gradient by; a graph of plain operators would pass it through."""
+    parameters = {
+        node: described
+        for node, described in zip(graph.placeholders, graph.inputs, strict=True)
+        if described.kind is InputKind.PARAMETER and described.requires_grad
+    }
+    for node in graph.graph_module.graph.nodes:
+        for argument in written_arguments(node):
+            if (described := parameters.get(root_of(argument))) is not None:
+                raise UnsupportedError(f"{describe(node)} writes to {described.name}, which has a scale. {_EAGERLY}")
+
+
+def _make_dense(graph: CapturedGraph) -> None:
+    """Sparse gradients of embeddings can be differentiated once only."""
+    for node in graph.graph_module.graph.find_nodes(op="call_function", target=aten.embedding.default):
+        node.args = (*node.args[:4], False) if len(node.args) > 4 else node.args
 
 
 def _scale(graph: CapturedGraph, weight: Node, scale: Node, probe: Node, user: Node) -> None:
@@ -157,7 +180,7 @@ def _without_gradient(described: Input) -> Input:
 
 
 def _keep_running_statistics(graph: CapturedGraph) -> int:
-    """Take out what writes to buffers: learning an initialisation must leave them as they are."""
+    """Let writes to buffers go to copies: learning an initialisation must leave them as they are."""
     buffers = {
         node
         for node, described in zip(graph.placeholders, graph.inputs, strict=True)
@@ -170,8 +193,20 @@ def _keep_running_statistics(graph: CapturedGraph) -> int:
             args[where[0]] = args[where[0] + 1] = None
             node.args = tuple(args)
             changed += 1
-        elif (written := written_arguments(node)) and all(root_of(argument) in buffers for argument in written):
-            node.replace_all_uses_with(written[0])
-            graph.graph_module.graph.erase_node(node)
+        elif written := {root_of(argument) for argument in written_arguments(node)} & buffers:
+            if not node.users and written == set(node.all_input_nodes) and all(len(b.users) == 1 for b in written):
+                graph.graph_module.graph.erase_node(node)  # nobody reads what was written
+            else:
+                for buffer in sorted(written, key=lambda node: node.name):
+                    _copied(graph, buffer)
             changed += 1
     return changed
+
+
+def _copied(graph: CapturedGraph, buffer: Node) -> None:
+    """Let everybody use a copy of a buffer."""
+    fx_graph = graph.graph_module.graph
+    with fx_graph.inserting_after(graph.placeholders[-1]):
+        copied = fx_graph.call_function(aten.clone.default, (buffer,))
+    copied.meta = dict(buffer.meta)
+    buffer.replace_all_uses_with(copied, delete_user_cb=lambda user: user is not copied)

@@ -101,7 +101,8 @@ class GradInitWrapper:
             raise OptionError(
                 f"grad_loss takes a scalar loss and got one of shape {tuple(loss.shape)}; take its mean or sum"
             )
-        if not self._warned and (scaler is not None or self._scaled.saw_autocast):
+        is_scaling = scaler is not None and scaler.is_enabled()
+        if not self._warned and (is_scaling or self._scaled.saw_autocast):
             self._warned = True
             warnings.warn(
                 "GradInit works worse in mixed precision: second derivatives lose digits. Learn the initialisation in full "
@@ -109,7 +110,7 @@ class GradInitWrapper:
                 MixedPrecisionInit,
                 stacklevel=2,
             )
-        factor = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+        factor = scaler.get_scale() if scaler is not None and is_scaling else 1.0
         found = self._scaled.scales.gradients(loss * factor if factor != 1 else loss)
         grads = [grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in found if grad is not None]
         grads = grads if factor == 1 else [grad / factor for grad in grads]

@@ -127,6 +127,17 @@ def _check(model: nn.Module) -> None:
             "torch.compile's modules are differentiable once, and GradInit differentiates twice: wrap the module itself "
             "(model._orig_mod) and call that inside the block, or use graphopt.transform(model) instead of torch.compile"
         )
+    parts = list(model.named_modules())[1:]
+    if transformed := [name for name, module in parts if HANDLE in vars(module)]:
+        raise OptionError(
+            f"{transformed[0]} of {kind} is transformed by itself, and its graphs would not know of the scales: "
+            f"graphopt.restore(model.get_submodule({transformed[0]!r})) first, or graphopt.transform the whole model"
+        )
+    if compiled := [name for name, module in model.named_modules() if _is_compiled(module)]:
+        raise OptionError(
+            f"{compiled[0] or 'all'} of {kind} is compiled by torch.compile, and so is differentiable once, while GradInit "
+            "differentiates twice: compile it after the initialisation is learned, or use graphopt.transform(model) instead"
+        )
     if fully_sharded.is_sharded(model):
         raise OptionError(f"{kind} is sharded: learn its initialisation before fully_shard(model)")
     handle = vars(model).get(HANDLE)
@@ -135,3 +146,10 @@ def _check(model: nn.Module) -> None:
             f"the layers of {kind} are streamed from a store, layer by layer, and GradInit needs all of them at once: learn "
             "the initialisation of a smaller model, or before graphopt.transform(model, [LayerToLayer(store=...)])"
         )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile(module)`` made it, or it was changed by ``module.compile()``."""
+    return isinstance(module, torch._dynamo.OptimizedModule) or (
+        vars(module).get("_compiled_call_impl") is not None and HANDLE not in vars(module)
+    )

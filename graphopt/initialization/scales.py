@@ -104,8 +104,12 @@ class Scales:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        for module in modules:
-            _dress(module, self._own(module))
+        try:
+            for module in modules:
+                _dress(module, self._own(module))
+        except BaseException:
+            self._undress()
+            raise
         expose()
         for entry in self.entries:
             attach(entry.parameter, INIT_SCALE, entry.scale)
@@ -144,9 +148,10 @@ class Scales:
             e.name for (e, _), g in zip(places[num_scaled:], found[num_scaled:], strict=True) if g is not None
         ]:
             raise OptionError(
-                f"{', '.join(unscaled[:10])} of {type(self.model).__name__} are used outside any captured graph, where their "
-                "scales have no effect. Learn the initialisation without compiling the model: "
-                "learn_init(..., compiler='eager'), or GradInitWrapper(graphopt.restore(model))"
+                f"{', '.join(unscaled[:10])} of {type(self.model).__name__} are used outside any captured graph, or through a "
+                "list or closure that holds the parameters themselves, where their scales have no effect. Learn the "
+                "initialisation without compiling the model: learn_init(..., compiler='eager'), or "
+                "GradInitWrapper(graphopt.restore(model)); and let forward read parameters as attributes of their modules"
             )
         sums: dict[int, Tensor] = {}
         for (entry, _), grad in zip(places[:num_scaled], found[:num_scaled], strict=True):
@@ -177,9 +182,7 @@ class Scales:
         if not self.is_attached:
             return
         self.is_attached = False
-        for module in self._modules:
-            if _STATE in vars(module):
-                _undress(module, vars(module)[_STATE])
+        self._undress()
         for module, name, value in self._buffers:  # batch normalisation does not even move a buffer's version
             current = module._buffers.get(name)
             if current is not None and current.shape == value.shape:
@@ -193,6 +196,11 @@ class Scales:
                     if entry.scale.item() != 1:
                         entry.parameter.copy_(scale_weight(entry.parameter, entry.scale))
                     attach(entry.parameter, INIT_SCALE, entry.scale.detach().clone())
+
+    def _undress(self) -> None:
+        for module in self._modules:
+            if _STATE in vars(module):
+                _undress(module, vars(module)[_STATE])
 
     def _own(self, module: nn.Module, before: _Own | None = None) -> _Own:
         """What a module is now; parameters that it was given meanwhile are taken as new values of the old ones."""
@@ -228,6 +236,10 @@ class _Times(torch.autograd.Function):
 
 def _dress(module: nn.Module, own: _Own) -> None:
     """Put the scales in the place of the parameters."""
+    names = tuple(name for name, parameter in own.parameters.items() if parameter is not None)
+    object.__setattr__(
+        module, "__class__", _class_with_scales(cast(Any, own.kind), names)
+    )  # past a __setattr__ of its own
     vars(module)[_STATE] = own
     module._parameters.clear()
     for name, parameter in own.parameters.items():
@@ -235,13 +247,11 @@ def _dress(module: nn.Module, own: _Own) -> None:
             module._parameters[name] = None
         elif name in own.scaled:
             module._parameters[name] = own.scaled[name].scale
-    names = tuple(name for name, parameter in own.parameters.items() if parameter is not None)
-    module.__class__ = _class_with_scales(cast(Any, own.kind), names)
 
 
 def _undress(module: nn.Module, own: _Own) -> None:
     """Put the parameters in the place of the scales."""
-    module.__class__ = own.kind
+    object.__setattr__(module, "__class__", own.kind)
     del vars(module)[_STATE]
     given = {
         name: value
@@ -250,6 +260,13 @@ def _undress(module: nn.Module, own: _Own) -> None:
     }
     module._parameters.clear()
     module._parameters.update({**own.parameters, **given})
+
+
+class _Quiet(nn.Module):
+    """Keeps classes with scales from classes that register or check those derived from them."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
 
 
 @functools.cache
@@ -339,7 +356,11 @@ def _class_with_scales(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn
         namespace["_flat_weights"] = property(
             lambda self: [getattr(self, name, None) for name in self._flat_weights_names], lambda self, value: None
         )
-    return type(kind.__name__, (kind,), namespace)
+    if issubclass(kind, nn.Embedding):
+        namespace["sparse"] = property(
+            lambda self: False, lambda self, value: None
+        )  # sparse gradients are differentiable once
+    return type(kind.__name__, (_Quiet, kind), namespace)
 
 
 def _plain_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
