@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
     from torch._dynamo import maybe_mark_dynamic as maybe_mark_dynamic
     from torch._dynamo.exc import BackendCompilerFailed as BackendCompilerFailed
+    from torch._dynamo.exc import RestartAnalysis as RestartAnalysis
     from torch._dynamo.source import LocalSource as LocalSource
     from torch._functorch.autograd_function import autograd_function_apply as autograd_function_apply
     from torch._guards import CompileContext as CompileContext
@@ -63,6 +64,7 @@ _LAZY = {
     "BackendCompilerFailed": ("torch._dynamo.exc", "BackendCompilerFailed"),
     # Without it, kernels that are written in C++ meet symbolic sizes which they cannot read.
     "enable_python_dispatcher": ("torch._dispatch.python", "enable_python_dispatcher"),
+    "RestartAnalysis": ("torch._dynamo.exc", "RestartAnalysis"),  # what asks Dynamo to trace anew
     "LocalSource": ("torch._dynamo.source", "LocalSource"),
     "is_from_module_source": ("torch._dynamo.source", "is_from_unspecialized_nn_module_source"),
     "CompileContext": ("torch._guards", "CompileContext"),

@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from graphopt import _compat
+from graphopt.aliasing import views, written_arguments
 from graphopt.errors import UnsupportedError
 
 aten = torch.ops.aten
@@ -279,11 +280,16 @@ class _Tracing(TwiceDifferentiable):
         self._postponed = {
             node for node in module.graph.find_nodes(op="call_function", target=SCALE_PARAMETER) if _is_factor(node)
         }
+        self._written = {
+            node for user in module.graph.nodes for argument in written_arguments(user) for node in views(argument)
+        }
 
     def run_node(self, n: Node) -> Any:
         if n in self._postponed:
             return self.map_nodes_to_values(n.args, n)
         result = super().run_node(n)
+        if n in self._written:  # a copy would not be the memory that is written to
+            return result
         if n.op == "call_function" and n.target in (aten.detach.default, aten.detach_.default):
             return _STOP(result.detach())
         if n.op == "call_function" and not torch.is_grad_enabled():
@@ -369,10 +375,11 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
-        if isinstance(error, UnsupportedError):
+        if isinstance(error, UnsupportedError | _compat.RestartAnalysis):
             raise
+        reason = str(error).partition("\n")[0]
         raise UnsupportedError(
-            f"a part of the model cannot be differentiated twice in a compiled graph ({str(error).splitlines()[0]}). Learn its "
+            f"a part of the model cannot be differentiated twice in a compiled graph ({reason}). Learn its "
             "initialisation without compiling it: learn_init(..., compiler='eager'), or GradInitWrapper(graphopt.restore(model))"
         ) from error
 
