@@ -118,7 +118,7 @@ def learn_init(
         accumulate: how many batches make an S, one backward pass for each.
         normalize_grad: for SGD: whether A is g / |g|_2 or g.
         clip: bound of each scale's gradient; default: none and 1. Not in log space, where only signs count.
-        min_scale: least scale of weights; biases (what has a name that ends so) may go to 0.
+        min_scale: least scale of weights; biases (what has that in its name) may go to 0.
         max_scale: greatest scale; default none.
         compiler: ``"inductor"`` (default), ``"aot_eager"``, or ``"eager"``: no compilation at all. A model that is transformed
             keeps its own, unless this says ``"eager"``.
@@ -135,31 +135,19 @@ def learn_init(
     Reference: Zhu, Ni, Xu, Kong, Huang, Goldstein, "GradInit: Learning to Initialize Neural Networks for Stable and Efficient
     Training", arXiv:2102.08098, 2021, algorithm 1; the authors' code, https://github.com/zhuchen03/gradinit.
     """
-    for option, value, allowed in (
-        ("method", method, get_args(Method)),
-        ("optimizer", optimizer, get_args(Optimizer)),
-        ("start", start, get_args(Start)),
-        ("space", space, get_args(Space)),
-    ):
-        if value not in allowed:
-            raise OptionError(f"learn_init({option}={value!r}): it is one of {list(allowed)}")
-    for option, number in (
-        ("eta", eta),
-        ("gamma", gamma),
-        ("lr", lr),
-        ("clip", clip),
-        ("min_scale", min_scale),
-        ("max_scale", max_scale),
-    ):
-        if number is not None and not (isinstance(number, Real) and number >= 0):
-            raise OptionError(f"learn_init({option}={number!r}): it is a number, not below 0")
-    if eta == 0:
-        raise OptionError("learn_init(eta=0): the loss is divided by the length of the step, so it is above 0")
+    _check_choices(method=method, optimizer=optimizer, start=start, space=space)
+    _check_numbers(eta=eta, gamma=gamma, lr=lr, clip=clip, min_scale=min_scale, max_scale=max_scale)
+    _check_counts(steps=steps, accumulate=accumulate)
     if max_scale is not None and max_scale < min_scale:
         raise OptionError(f"learn_init(min_scale={min_scale!r}, max_scale={max_scale!r}): no scale lies between them")
-    for option, count in (("steps", steps), ("accumulate", accumulate)):
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise OptionError(f"learn_init({option}={count!r}): it is an int, at least 1")
+    given = {"eta": eta, "gamma": gamma, "clip": clip, "max_scale": max_scale, "lr": lr, "steps": steps}
+    given |= {"space": space if space != "linear" else None, "accumulate": accumulate if accumulate > 1 else None}
+    without_effect = {"metainit": ("eta", "gamma", "clip", "max_scale", "space"), "lsuv": tuple(given)}.get(method, ())
+    if space == "log" and method == "gradinit":
+        without_effect = ("clip",)
+    if ignored := [option for option in without_effect if given[option] is not None]:
+        where = "space='log'" if method == "gradinit" else f"method={method!r}"
+        raise OptionError(f"learn_init({ignored[0]}={given[ignored[0]]!r}, {where}): the option has no effect there")
     if not callable(loss_fn):
         raise OptionError(
             f"loss_fn is {type(loss_fn).__name__}; it is a function loss_fn(model, batch) that returns a loss"
@@ -225,6 +213,27 @@ def learn_init(
     )
 
 
+def _check_choices(**given: str) -> None:
+    allowed = {"method": Method, "optimizer": Optimizer, "start": Start, "space": Space}
+    for option, value in given.items():
+        if value not in get_args(allowed[option]):
+            raise OptionError(f"learn_init({option}={value!r}): it is one of {list(get_args(allowed[option]))}")
+
+
+def _check_numbers(**given: float | None) -> None:
+    for option, number in given.items():
+        if number is not None and not (isinstance(number, Real) and number >= 0):
+            raise OptionError(f"learn_init({option}={number!r}): it is a number, not below 0")
+    if given["eta"] == 0:
+        raise OptionError("learn_init(eta=0): the loss is divided by the length of the step, so it is above 0")
+
+
+def _check_counts(**given: int | None) -> None:
+    for option, count in given.items():
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise OptionError(f"learn_init({option}={count!r}): it is an int, at least 1")
+
+
 @contextmanager
 def _scaled(model: nn.Module, in_graphs: bool) -> Iterator[ScaledModel]:
     """The model with scales, which are gone at the end; its parameters are as they were, unless `detach` folds the scales in."""
@@ -265,7 +274,7 @@ def _compiled(model: nn.Module, compiler: str | None, in_graphs: bool) -> Iterat
 def _min_scales(search: Search, least: float) -> torch.Tensor:
     """The least scale of each parameter: biases may vanish."""
     return torch.tensor(
-        [0.0 if name.rpartition(".")[2].endswith("bias") else least for name in search.names],
+        [0.0 if "bias" in name.rpartition(".")[2] else least for name in search.names],
         device=search.weights[0].device,
     )
 

@@ -474,6 +474,15 @@ REFUSED = {
     "yes": ({"accumulate": True}, "accumulate=True"),
     "accumulate": ({"accumulate": 3}, "their number is even"),
     "compiler": ({"compiler": "tvm"}, "compiler='tvm' is unknown"),
+    "of another method": (
+        {"method": "metainit", "gamma": 1.0},
+        r"gamma=1\.0, method='metainit'\): the option has no effect there",
+    ),
+    "of another method still": (
+        {"method": "lsuv", "steps": 3},
+        r"steps=3, method='lsuv'\): the option has no effect there",
+    ),
+    "clip in log space": ({"space": "log", "clip": 1.0}, r"clip=1\.0, space='log'\): the option has no effect there"),
 }
 
 
@@ -554,7 +563,8 @@ def test_autocast_around_everything():
 
 @pytest.mark.parametrize(("method", "shown"), [("gradinit", "/3"), ("metainit", "/3"), ("lsuv", "0it")])
 def test_progress(capsys, method, shown):
-    graphopt.learn_init(net(), loss_fn, batches(), steps=3, method=method, compiler="eager")
+    steps = None if method == "lsuv" else 3
+    graphopt.learn_init(net(), loss_fn, batches(), steps=steps, method=method, compiler="eager")
     found = capsys.readouterr().err
     assert method in found
     assert shown in found
@@ -562,7 +572,10 @@ def test_progress(capsys, method, shown):
 
 @pytest.mark.parametrize("method", ["gradinit", "metainit", "lsuv"])
 def test_a_picture_of_each_method(method, tmp_path):
-    result = graphopt.learn_init(net(), loss_fn, batches(), method=method, steps=3, compiler="eager", progress=False)
+    steps = None if method == "lsuv" else 3
+    result = graphopt.learn_init(
+        net(), loss_fn, batches(), method=method, steps=steps, compiler="eager", progress=False
+    )
     assert result.plot(tmp_path / "init.png").read_bytes()[:4] == b"\x89PNG"
     assert "<svg" in result.plot(tmp_path / "init.svg").read_text()[:2000]
     assert repr(result).startswith(f"InitResult({method}, {len(result.trajectory)} steps, ")
