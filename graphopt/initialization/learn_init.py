@@ -140,7 +140,14 @@ def learn_init(
     _check_counts(steps=steps, accumulate=accumulate)
     if max_scale is not None and max_scale < min_scale:
         raise OptionError(f"learn_init(min_scale={min_scale!r}, max_scale={max_scale!r}): no scale lies between them")
-    given = {"eta": eta, "gamma": gamma, "clip": clip, "max_scale": max_scale, "lr": lr, "steps": steps}
+    given: dict[str, object] = {
+        "eta": eta,
+        "gamma": gamma,
+        "clip": clip,
+        "max_scale": max_scale,
+        "lr": lr,
+        "steps": steps,
+    }
     given |= {"space": space if space != "linear" else None, "accumulate": accumulate if accumulate > 1 else None}
     without_effect = {"metainit": ("eta", "gamma", "clip", "max_scale", "space"), "lsuv": tuple(given)}.get(method, ())
     if space == "log" and method == "gradinit":
