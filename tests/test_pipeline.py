@@ -1,5 +1,6 @@
 """The contract of a pass, and what the driver makes of a list of them."""
 
+import copy
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -254,6 +255,31 @@ def test_error_of_a_pass_keeps_its_class():
     (note,) = caught.value.__notes__
     assert "raised by the pass 'test_rename'" in note
     assert isinstance(caught.value, GraphoptError)
+
+
+class Counted(nn.Module):
+    """Calls an operator that returns nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        hidden = self.linear(x)
+        with torch.no_grad():
+            torch._foreach_add_([self.mean], [hidden.mean(0)])
+        return hidden - self.mean
+
+
+def test_operators_that_return_nothing_need_no_value():
+    model, x = Counted(), torch.randn(4, 3)
+    plain = copy.deepcopy(model)
+    graphopt.transform(model, compiler="aot_eager")
+    for one in (model, plain):
+        one(x).square().sum().backward()
+    torch.testing.assert_close(model.mean, plain.mean)
+    torch.testing.assert_close(model.linear.weight.grad, plain.linear.weight.grad)
 
 
 # uuid ---------------------------------------------------------------------------------------------------------------------------

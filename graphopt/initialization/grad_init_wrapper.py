@@ -112,11 +112,11 @@ class GradInitWrapper:
             )
         factor = scaler.get_scale() if scaler is not None and is_scaling else 1.0
         found = self._scaled.scales.gradients(loss * factor if factor != 1 else loss)
-        grads = [grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in found if grad is not None]
-        grads = grads if factor == 1 else [grad / factor for grad in grads]
+        grads = [None if grad is None else grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in found]
+        grads = grads if factor == 1 else [None if grad is None else grad / factor for grad in grads]
         total = self._norm(grads, norm)
         if not bool(torch.isfinite(total)):
-            if scaler is None:
+            if not is_scaling:
                 raise InitError(self._not_finite(found))
             return total
         return total if bool(total > gamma) else loss
@@ -128,14 +128,17 @@ class GradInitWrapper:
             for scale in self._scaled.scales.scales:
                 scale.clamp_(min=min_scale)
 
-    def _norm(self, grads: Sequence[Tensor], norm: int) -> Tensor:
+    def _norm(self, grads: Sequence[Tensor | None], norm: int) -> Tensor:
         """Of the gradient over all processes, differentiable with respect to this one's part of it."""
         if self._scaled.group is None:
-            return norm_of(grads, norm)
-        averaged = [self._scaled.average(grad.detach().clone()).requires_grad_() for grad in grads]
-        total = norm_of(averaged, norm)
-        directions = torch.autograd.grad(total, averaged)
-        part = torch.stack([(g * d).sum() for g, d in zip(grads, directions, strict=True)]).sum()
+            return norm_of([grad for grad in grads if grad is not None], norm)
+        own = [None if grad is None else grad.detach().clone() for grad in grads]
+        averaged = self._scaled.average_each(own, self._scaled.scales.parameters)
+        leaves = {position: value.requires_grad_() for position, value in enumerate(averaged) if value is not None}
+        total = norm_of(list(leaves.values()), norm)
+        directions = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+        parts = [(grad * directions[position]).sum() for position, grad in enumerate(grads) if grad is not None]
+        part = torch.stack(parts).sum()
         return total.detach() + (part - part.detach())
 
     def _not_finite(self, grads: Sequence[Tensor | None]) -> str:

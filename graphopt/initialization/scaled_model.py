@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
+from graphopt import _compat
 from graphopt.errors import OptionError, StreamError
 from graphopt.initialization.scales import Scales
 from graphopt.passes import GradInit, LayerToLayer
@@ -44,13 +47,18 @@ class ScaledModel:
         self.scales = Scales(inner)
         self.model = inner
         self.group: Any = None
+        self._hooks: list[RemovableHandle] = []
         self._ddp: DistributedDataParallel | None = None
         if isinstance(model, DistributedDataParallel):
             self._ddp, self._synchronised = model, model.require_backward_grad_sync
             model.require_backward_grad_sync = False  # its reducer waits for gradients of the parameters
             if dist.get_world_size(model.process_group) > 1:
                 self.group = model.process_group
-        self._hooks = [scale.register_post_accumulate_grad_hook(self._average) for scale in self.scales.scales]
+        self._task: int | None = None  # the backward pass at whose end gradients are averaged
+        if self.group is not None:
+            self._hooks = [
+                scale.register_post_accumulate_grad_hook(self._average_later) for scale in self.scales.scales
+            ]
         self._handle = handle_of(inner)
         if self._handle is not None:
             self._scaled = self._in_graph(GradInit(awake=True)) if in_graphs else self._eagerly
@@ -86,6 +94,21 @@ class ScaledModel:
             values.div_(dist.get_world_size(self.group))
         return values
 
+    def average_each(self, values: Sequence[Tensor | None], likes: Sequence[Tensor]) -> list[Tensor | None]:
+        """The means over all processes of what any of them has, in place; who has nothing counts as zero.
+
+        Args:
+            values: one for each of ``likes``, or ``None``.
+            likes: of the same shapes on all processes.
+        """
+        if self.group is None:
+            return list(values)
+        has_it = torch.tensor([float(value is not None) for value in values], device=likes[0].device)
+        return [
+            self.average(torch.zeros_like(like) if value is None else value) if is_anywhere else None
+            for value, like, is_anywhere in zip(values, likes, self.average(has_it).tolist(), strict=True)
+        ]
+
     def detach(self, *, fold: bool) -> None:
         """Give the model back; ``fold`` as in `Scales.detach`."""
         if not self.is_attached:
@@ -98,9 +121,22 @@ class ScaledModel:
         if self._ddp is not None:
             self._ddp.require_backward_grad_sync = self._synchronised
 
-    def _average(self, scale: Tensor) -> None:
-        if scale.grad is not None:
-            self.average(scale.grad)
+    def _average_later(self, scale: Tensor) -> None:
+        """Average all at once when backward has ended: processes may use other scales, or in another order."""
+        task = _compat.current_graph_task()
+        if task != self._task:
+            self._task = task
+            _compat.call_after_backward(self._average_gradients)
+
+    def _average_gradients(self) -> None:
+        scales, kind = self.scales.scales, functools.reduce(torch.promote_types, (s.dtype for s in self.scales.scales))
+        device = scales[0].device
+        grads = [torch.zeros_like(scale) if scale.grad is None else scale.grad for scale in scales]
+        together = self.average(torch.stack([grad.detach().to(device, kind) for grad in grads]))
+        for scale, grad, value in zip(scales, grads, together, strict=True):
+            grad.copy_(value)
+            if scale.grad is None and bool(value):
+                scale.grad = grad
 
     def _in_graph(self, *passes: Pass) -> Callable[..., Any]:
         """A compiled call of the model with these passes, layers compiled once as the model's own passes say."""

@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import graphopt
+from graphopt.errors import OptionError
 from tests.runtime import processes
 
 STEPS = 4
@@ -51,16 +53,18 @@ def wrapper_steps(model, data, norm, gamma):
         return [scale.item() for scale in ginit.parameters()]
 
 
-def wrapped(rank, norm, gamma):
-    model = DistributedDataParallel(net())
+def wrapped(rank, norm, gamma, compiler):
+    model = DistributedDataParallel(net() if compiler is None else graphopt.transform(net(), compiler=compiler))
     scales = wrapper_steps(model, [part_of(batch, rank) for batch in batches()], norm, gamma)
     loss_fn(model, part_of(batches()[0], rank)).backward()  # DDP reduces again
     return scales, [p.grad.clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize(("norm", "gamma"), [(1, 0.0), (2, 0.0), (1, 1e9)])
-def test_wrapper(ranks, norm, gamma):
-    (first, grads), (second, others) = ranks(wrapped, norm, gamma)
+@pytest.mark.parametrize(
+    ("norm", "gamma", "compiler"), [(1, 0.0, None), (2, 0.0, None), (1, 1e9, None), (2, 0.0, "aot_eager")]
+)
+def test_wrapper(ranks, norm, gamma, compiler):
+    (first, grads), (second, others) = ranks(wrapped, norm, gamma, compiler)
     assert first == second
     assert first == pytest.approx(wrapper_steps(net(), batches(), norm, gamma), rel=1e-10)
     torch.testing.assert_close(grads, others, rtol=0, atol=0)
@@ -146,3 +150,42 @@ def test_parameters_that_one_rank_does_not_use(ranks, gamma):
         == alone.left_alone
         == dict.fromkeys(["unused.weight", "unused.bias"], "no gradient reaches it")
     )
+
+
+def wrapped_forked(rank, model, steps, norm, gamma):
+    """``steps`` are batches of which the mean loss is taken; the gradients of two add up before the scales change."""
+    model = DistributedDataParallel(model, find_unused_parameters=True) if rank is not None else model
+    with graphopt.GradInitWrapper(model) as ginit:
+        optimizer = torch.optim.SGD(ginit.parameters(), lr=0.01)
+        for number, batches in enumerate(steps):
+            loss = torch.stack([forked_loss(model, batch) for batch in batches]).mean()
+            (loss if norm is None else ginit.grad_loss(loss, norm, gamma=gamma)).backward()
+            if number % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        return {name: scale.item() for name, scale in ginit.named_parameters()}
+
+
+def wrapped_forked_rank(rank, norm, gamma):
+    return wrapped_forked(rank, forked(), [[batch] for batch in forked_batches(rank)], norm, gamma)
+
+
+@pytest.mark.parametrize(("norm", "gamma"), [(1, 0.0), (2, 0.0), (1, 1e9), (None, 0.0)])
+def test_wrapper_where_one_rank_uses_less(ranks, norm, gamma):
+    first, second = ranks(wrapped_forked_rank, norm, gamma)
+    assert first == second
+    both = list(zip(forked_batches(0), forked_batches(1), strict=True))
+    alone = wrapped_forked(None, forked(), both, norm, gamma)
+    assert first == pytest.approx(alone, rel=1e-10)
+    assert alone["extra.weight"] != 1
+    assert alone["unused.weight"] == 1
+
+
+def sharded(rank):
+    model = fully_shard(net())
+    with pytest.raises(OptionError, match=r"Sequential is sharded: learn its initialisation before fully_shard"):
+        graphopt.GradInitWrapper(model)
+
+
+def test_sharded_models_are_refused(ranks):
+    ranks(sharded)

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import math
 import pickle
 import signal
 import subprocess
@@ -146,13 +147,21 @@ def test_gradients():
     model = net()
     with graphopt.GradInitWrapper(model) as ginit:
         found = ginit.gradients(loss_of(model))
-    expected = torch.autograd.grad(
-        loss_of(net()), [p for p in net().parameters() if p.requires_grad], allow_unused=True
-    )
     assert list(found) == ["embed.weight", "mix.weight", "mix.bias", "norm.weight", "norm.bias", "head.bias"]
     plain = net()
     expected = torch.autograd.grad(loss_of(plain), [p for p in plain.parameters() if p.requires_grad])
     torch.testing.assert_close(list(found.values()), list(expected))
+
+
+def test_the_loss_takes_over_at_gamma():
+    model = net()
+    with graphopt.GradInitWrapper(model) as ginit:
+        loss = loss_of(model)
+        total = ginit.grad_loss(loss, gamma=0.0).item()
+        assert ginit.grad_loss(loss, gamma=total) is loss
+        assert ginit.grad_loss(loss, gamma=math.nextafter(total, 0)).item() == total
+        assert ginit.grad_loss(loss_of(model), gamma=math.inf).item() == loss.item()
+        assert (ginit.grad_loss(loss_of(model) * 100) > 1).item()  # by default 1, of the 1-norm
 
 
 def test_afterwards_the_scales_are_multiplied_in():
@@ -262,6 +271,16 @@ def test_a_scaler_changes_nothing_but_overflow():
         assert huge.get_scale() == 2.0**126
 
 
+def test_a_scaler_that_is_off_is_none():
+    """As in ``GradScaler(enabled=mixed_precision)``: no warning either."""
+    model, scaler = net(), torch.amp.GradScaler("cpu", enabled=False)
+    with graphopt.GradInitWrapper(model) as ginit:
+        total = ginit.grad_loss(loss_of(model), gamma=0.0, scaler=scaler)
+        assert total.item() == ginit.grad_loss(loss_of(model), gamma=0.0).item()
+        with pytest.raises(InitError, match="not finite"):
+            ginit.grad_loss(loss_of(model) * torch.inf, scaler=scaler)
+
+
 def test_bfloat16_autocast_is_near():
     model = net(torch.float32)
     with pytest.warns(MixedPrecisionInit), graphopt.GradInitWrapper(model) as ginit:  # noqa: PT031
@@ -326,6 +345,19 @@ def test_a_submodule_can_be_called_by_itself():
         torch.testing.assert_close(model.mix(x), F.linear(x, net().mix.weight * 1.1, net().mix.bias * 1.2))
         ginit.grad_loss(model.mix(x).square().sum(), gamma=0.0).backward()
         assert dict(ginit.named_parameters())["mix.weight"].grad is not None
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_norms_of_several_batches_add_up(compiler):
+    model = built(compiler)
+    with graphopt.GradInitWrapper(model) as ginit:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            ginit.grad_loss(loss_of(model), norm=2, gamma=0.0).backward()
+        twice = [s.grad.clone() for s in ginit.parameters()]
+        optimizer.zero_grad()
+        ginit.grad_loss(loss_of(model), norm=2, gamma=0.0).backward()
+        torch.testing.assert_close([2 * s.grad for s in ginit.parameters()], twice)
 
 
 def test_several_backward_passes_add_up():
