@@ -4,7 +4,7 @@ The graph before, and after the pass is awake (`graphopt.GradInitWrapper` and `g
 
 >>> import torch, graphopt
 >>> from graphopt.passes import GradInit
->>> model = graphopt.transform(torch.nn.Linear(3, 2, bias=False), [GradInit(awake=True)], compiler="eager")
+>>> model = graphopt.transform(torch.nn.Linear(3, 2, bias=False), [GradInit()], compiler="eager")
 >>> with graphopt.GradInitWrapper(model):
 ...     output = model(torch.ones(4, 3))
 >>> record = graphopt.records(model)[-1]

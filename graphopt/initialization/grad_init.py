@@ -13,7 +13,7 @@ from graphopt.errors import InitError
 from graphopt.initialization.batches import Draws
 from graphopt.initialization.init_result import InitStep
 from graphopt.initialization.rescale_adam import RescaleAdam
-from graphopt.initialization.searching import Search, listed
+from graphopt.initialization.searching import Search, listed, norm_of
 
 
 class GradInitSearch:
@@ -111,10 +111,7 @@ class GradInitSearch:
         return torch.sign(grad, out=self._signs[: grad.numel()].view(grad.shape))
 
     def _norm(self, grads: Sequence[Tensor | None]) -> float:
-        order = 1 if self._is_adam else 2
-        wide = torch.promote_types(self._search.weights[0].dtype, torch.float32)
-        each = [torch.linalg.vector_norm(grad.to(wide), order) for grad in grads if grad is not None]
-        return float(torch.linalg.vector_norm(torch.stack([value.to(each[0].device) for value in each]), order))
+        return float(norm_of([grad for grad in grads if grad is not None], 1 if self._is_adam else 2))
 
     def _directions(self, grads: Sequence[Tensor | None], norm: float) -> list[Tensor | None]:
         """The derivative of the norm with respect to the gradient."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.errors import InitError, MixedPrecisionInit, OptionError
-from graphopt.initialization.scaled_model import ScaledModel
+from graphopt.initialization.scaled_model import MIXED_PRECISION, ScaledModel
+from graphopt.initialization.searching import norm_of
 
 
 class GradInitWrapper:
@@ -104,12 +105,7 @@ class GradInitWrapper:
         is_scaling = scaler is not None and scaler.is_enabled()
         if not self._warned and (is_scaling or self._scaled.saw_autocast):
             self._warned = True
-            warnings.warn(
-                "GradInit works worse in mixed precision: second derivatives lose digits. Learn the initialisation in full "
-                "precision, and train in mixed precision afterwards",
-                MixedPrecisionInit,
-                stacklevel=2,
-            )
+            warnings.warn(MIXED_PRECISION, MixedPrecisionInit, stacklevel=2)
         factor = scaler.get_scale() if scaler is not None and is_scaling else 1.0
         found = self._scaled.scales.gradients(loss * factor if factor != 1 else loss)
         grads = [None if grad is None else grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in found]
@@ -176,10 +172,3 @@ class GradInitWrapper:
     def __repr__(self) -> str:
         state = "" if self._scaled.is_attached else ", detached"
         return f"GradInitWrapper({len(self._scaled.scales.entries)} scales{state})"
-
-
-def norm_of(grads: Sequence[Tensor], norm: int) -> Tensor:
-    """The 1-norm or 2-norm of all gradients together, in at least float32."""
-    each = torch.stack([torch.linalg.vector_norm(grad, norm) for grad in grads])
-    total: Tensor = torch.linalg.vector_norm(each, norm)
-    return total

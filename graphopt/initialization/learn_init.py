@@ -22,7 +22,7 @@ from graphopt.initialization.init_result import InitResult, InitStep
 from graphopt.initialization.lsuv import LSUVSearch
 from graphopt.initialization.meta_init import MetaInitSearch
 from graphopt.initialization.rescale_adam import RescaleAdam
-from graphopt.initialization.scaled_model import ScaledModel
+from graphopt.initialization.scaled_model import MIXED_PRECISION, ScaledModel
 from graphopt.initialization.searching import LossFunction, Search, deterministic, he_scales
 from graphopt.runtime import data_parallel
 from graphopt.transform import handle_of, restore, transform
@@ -200,12 +200,7 @@ def learn_init(
         total = {"gradinit": steps or defaults.steps, "metainit": steps or meta_init.STEPS, "lsuv": None}[method]
         trajectory = _run(iterations, total, progress, method)
         if scaled.saw_autocast:
-            warnings.warn(
-                "GradInit works worse in mixed precision: second derivatives lose digits. Learn the initialisation in full "
-                "precision, and train in mixed precision afterwards",
-                MixedPrecisionInit,
-                stacklevel=2,
-            )
+            warnings.warn(MIXED_PRECISION, MixedPrecisionInit, stacklevel=2)
         found = torch.stack([scale.detach().to(torch.float64) for scale in scaled.scales.scales])
         after = search.measure(found, measured)
         scaled.detach(fold=True)

@@ -21,6 +21,11 @@ from graphopt.pipeline import Pass
 from graphopt.runtime import data_parallel, fully_sharded
 from graphopt.transform import HANDLE, handle_of
 
+MIXED_PRECISION = (
+    "GradInit works worse in mixed precision: second derivatives lose digits. Learn the initialisation in full precision, and "
+    "train in mixed precision afterwards"
+)
+
 
 class ScaledModel:
     """Scales on a model, until `detach`.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -282,16 +282,6 @@ def _class_with_scales(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn
             return entry.effective()
 
         return property(read)
-
-    def within(name: str) -> Callable[..., Any]:
-        inherited = getattr(kind, name)
-
-        @functools.wraps(inherited)
-        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            with vars(self)[_STATE].scales.as_written([self]):
-                return inherited(self, *args, **kwargs)
-
-        return call
 
     is_recurrent = issubclass(kind, nn.RNNBase | nn.RNNCellBase)
 

@@ -93,14 +93,7 @@ class Search:
                 found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
                 total = total.to(loss.device) + loss.detach().to(_wide(loss)) / len(batches)
                 sums = [_added(one, other, len(batches)) for one, other in zip(sums, found, strict=True)]
-        if self.scaled.group is not None:  # a collective for what any of the processes has
-            present = self.scaled.average(
-                torch.tensor([grad is not None for grad in sums], device=total.device).float()
-            )
-            for position, (grad, value, part) in enumerate(zip(sums, values, present.tolist(), strict=True)):
-                if part:
-                    sums[position] = self.scaled.average(torch.zeros_like(value) if grad is None else grad)
-        return float(self.scaled.average(total)), sums
+        return float(self.scaled.average(total)), self.scaled.average_each(sums, values)
 
     def set_scales(self, scales: Tensor) -> None:
         """Write the scales into the model."""
@@ -150,7 +143,7 @@ class Search:
                 f"the gradient is not finite in {listed(odd)}, and the model was not changed. Start with smaller weights: "
                 "learn_init(..., start='he')"
             )
-        small = self._underflowing(scales, grads, eps)
+        small = self._underflowing(grads, eps)
         if small:  # unless tensors of zeros block it, as in residual branches that start as nothing
             generator = torch.Generator(self.weights[0].device).manual_seed(0)
             values = [
@@ -160,7 +153,7 @@ class Search:
                 for value, zero in zip(self.scaled_weights(scales), self.is_zero, strict=True)
             ]
             _, unblocked = self.first_order(values, batches)
-            small = {name: small[name] for name in self._underflowing(scales, unblocked, eps) if name in small}
+            small = {name: small[name] for name in self._underflowing(unblocked, eps) if name in small}
         num_matrices = sum(w.ndim > 1 and not zero for w, zero in zip(self.weights, self.is_zero, strict=True))
         if small and 2 * len(small) >= num_matrices:
             worst = min(small, key=lambda name: small[name])
@@ -172,7 +165,7 @@ class Search:
             )
         return list(small)
 
-    def _underflowing(self, scales: Tensor, grads: Sequence[Tensor | None], eps: float) -> dict[str, float]:
+    def _underflowing(self, grads: Sequence[Tensor | None], eps: float) -> dict[str, float]:
         """Matrices whose scale cannot have a gradient above ``eps``, by Cauchy and Schwarz."""
         found: dict[str, float] = {}
         for name, weight, zero, grad in zip(self.names, self.weights, self.is_zero, grads, strict=True):
@@ -220,6 +213,13 @@ def he_scales(search: Search) -> Tensor:
         root_mean_square = weight.to(torch.float64).square().mean().sqrt()
         scales.append(1.0 if fan_in is None else float(math.sqrt(2 / fan_in) / root_mean_square))
     return torch.tensor(scales, dtype=torch.float64, device=search.weights[0].device)
+
+
+def norm_of(grads: Sequence[Tensor], norm: int) -> Tensor:
+    """The 1-norm or 2-norm of all gradients together, in at least float32."""
+    each = [torch.linalg.vector_norm(grad.to(_wide(grad)), norm) for grad in grads]
+    total: Tensor = torch.linalg.vector_norm(torch.stack([value.to(each[0].device) for value in each]), norm)
+    return total
 
 
 def listed(names: Sequence[str]) -> str:
