@@ -117,6 +117,35 @@ class CapturedGraph:
         (output,) = self.graph_module.graph.find_nodes(op="output")
         return pytree.tree_leaves(output.args[0])
 
+    def add_companion(
+        self, position: int, key: Key[Any], name: str, value: Tensor, num_samples: sympy.Expr = sympy.S.One
+    ) -> Node:
+        """Add an input, behind all others, that the runtime binds.
+
+        Args:
+            position: of the parameter that it accompanies, among the inputs.
+            key: what it is, or what its gradient is.
+            name: of the placeholder.
+            value: a fake one that looks like it; the input requires a gradient.
+            num_samples: as in `Input`.
+        """
+        with self.graph_module.graph.inserting_after(self.placeholders[-1]):
+            node = self.graph_module.graph.placeholder(name)
+        node.meta["val"] = value
+        with self.fake_mode, torch.no_grad():
+            self.fake_inputs.append(value.detach().requires_grad_())
+        self.inputs.append(
+            Input(
+                InputKind.COMPANION,
+                f"{self.inputs[position].name}.{key.name}",
+                requires_grad=True,
+                companion_of=position,
+                annotation=key,
+                num_samples=num_samples,
+            )
+        )
+        return node
+
     def copy(self) -> CapturedGraph:
         """A graph that a pass may change; nodes are new, fake values are shared."""
         graph_module = GraphModule(self.graph_module, copy.deepcopy(self.graph_module.graph))

@@ -16,6 +16,7 @@ The graph before, and after the pass is awake (`graphopt.GradInitWrapper` and `g
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast, final
 
@@ -25,7 +26,7 @@ from torch.fx import Node
 
 from graphopt.aliasing import root_of, written_arguments
 from graphopt.annotations import INIT_PROBE, INIT_SCALE, Key
-from graphopt.capture import CapturedGraph, Input, InputKind
+from graphopt.capture import CapturedGraph, InputKind
 from graphopt.errors import UnsupportedError
 from graphopt.inspect.location import describe
 from graphopt.inspect.location import operator_name as operator_name
@@ -95,8 +96,9 @@ class GradInit(Pass):
             if described.kind is not InputKind.PARAMETER or not described.requires_grad or not node.users:
                 continue
             scale, probe = _companion(graph, position, INIT_SCALE), _companion(graph, position, INIT_PROBE)
-            graph.inputs[position] = _without_gradient(described)
-            graph.fake_inputs[position] = _leaf(graph, graph.fake_inputs[position], requires_grad=False)
+            graph.inputs[position] = dataclasses.replace(described, requires_grad=False)
+            with graph.fake_mode, torch.no_grad():
+                graph.fake_inputs[position] = graph.fake_inputs[position].detach()
             for user in list(node.users):
                 _scale(graph, node, scale, probe, user)
                 num_uses += 1
@@ -146,37 +148,14 @@ def _scale(graph: CapturedGraph, weight: Node, scale: Node, probe: Node, user: N
 
 def _companion(graph: CapturedGraph, position: int, key: Key[Any]) -> Node:
     """Add an input that the runtime binds to what is attached to a parameter."""
-    described, weight = graph.inputs[position], cast(Tensor, graph.fake_inputs[position])
-    fx_graph = graph.graph_module.graph
-    with fx_graph.inserting_after(graph.placeholders[-1]):
-        node = fx_graph.placeholder(f"{graph.placeholders[position].name}_{key.name}")
+    weight = cast(Tensor, graph.fake_inputs[position])
     wide = torch.promote_types(weight.dtype, torch.float32)
     with graph.fake_mode, torch.no_grad():
         if key is INIT_SCALE:
             value = torch.empty((), dtype=wide, device=weight.device)
         else:
             value = torch.zeros((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
-    node.meta["val"] = value
-    graph.fake_inputs.append(_leaf(graph, value, requires_grad=True))
-    graph.inputs.append(
-        Input(
-            InputKind.COMPANION,
-            f"{described.name}.{key.name}",
-            requires_grad=True,
-            companion_of=position,
-            annotation=key,
-        )
-    )
-    return node
-
-
-def _leaf(graph: CapturedGraph, value: Tensor, *, requires_grad: bool) -> Tensor:
-    with graph.fake_mode, torch.no_grad():
-        return value.detach().requires_grad_(requires_grad)
-
-
-def _without_gradient(described: Input) -> Input:
-    return Input(described.kind, described.name, described.sample_axis, requires_grad=False)
+    return graph.add_companion(position, key, f"{graph.placeholders[position].name}_{key.name}", value)
 
 
 def _keep_running_statistics(graph: CapturedGraph) -> int:

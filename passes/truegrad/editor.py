@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from graphopt import _compat
 from graphopt.annotations import SAMPLE_GRAD_NORM, SUM_GRAD_SQUARED, SUM_POSITION_GRAD_SQUARED, Key
-from graphopt.capture import CapturedGraph, Input, InputKind
+from graphopt.capture import CapturedGraph, InputKind
 from graphopt.passes.truegrad.ops.statistics import NORM, POSITION, SQUARE
 from graphopt.passes.truegrad.sample_axis import SampleAxis, Size, shape_of, size_of
 
@@ -88,24 +88,11 @@ class Editor:
         value = cast(Tensor, param.meta["val"])
         dtype = torch.promote_types(value.dtype, torch.float32)
         shape = [self._value(num_samples)] if key is SAMPLE_GRAD_NORM else value.shape
-        with self.graph.inserting_after(self._last_placeholder):
-            node = self._last_placeholder = self.graph.placeholder(f"{param.name}_{OPERATOR_NAMES[key]}")
         with self.captured.fake_mode:
             leaf = torch.zeros((), dtype=dtype, device=value.device).expand(shape)
-            node.meta["val"] = leaf
-            self.captured.fake_inputs.append(leaf.detach().requires_grad_())
-        described = self.captured.inputs[position]
-        self.captured.inputs.append(
-            Input(
-                InputKind.COMPANION,
-                f"{described.name}.{key.name}",
-                requires_grad=True,
-                companion_of=position,
-                annotation=key,
-                num_samples=num_samples,
-            )
-        )
-        return node
+        name = f"{param.name}_{OPERATOR_NAMES[key]}"
+        self._last_placeholder = self.captured.add_companion(position, key, name, leaf, num_samples)
+        return self._last_placeholder
 
     def replay(self, root: Node, chain: Sequence[Node], start: Node) -> Node:
         """Apply to ``start`` the views that lead from ``root`` to the end of ``chain``; casts are left out."""
