@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import graphopt
@@ -157,6 +158,32 @@ CASES = {
 }
 COMPILED = ["conv2d", "embedding"]  # with Inductor
 STOPPED = ["without_gradient"]  # where finite differences see what gradients do not
+
+
+OPERATORS = {
+    "scale_parameter": (
+        torch.randn(3, 2),
+        torch.tensor(1.5, requires_grad=True),
+        torch.zeros(()).expand(3, 2).requires_grad_(),
+    ),
+    "stop_gradient": (torch.randn(3, 2),),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name):
+    opcheck(getattr(torch.ops.graphopt, name).default, OPERATORS[name], test_utils=["test_schema", "test_faketensor"])
+
+
+def test_scale_parameter():
+    weight, scale, probe = torch.randn(3, 2, requires_grad=True), *OPERATORS["scale_parameter"][1:]
+    scaled = second_order.SCALE_PARAMETER(weight, scale, probe)
+    torch.testing.assert_close(scaled, 1.5 * weight, rtol=0, atol=0)
+    cotangent = torch.randn(3, 2)
+    of_weight, of_scale, of_probe = torch.autograd.grad(scaled, (weight, scale, probe), cotangent, allow_unused=True)
+    assert of_weight is None  # the parameter itself gets no gradient
+    torch.testing.assert_close(of_scale, (cotangent * weight).sum().detach())
+    torch.testing.assert_close(of_probe, cotangent, rtol=0, atol=0)
 
 
 def double(name):

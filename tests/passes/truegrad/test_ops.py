@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from graphopt.passes.truegrad import ops
-from tests import test_recurrent_ops
+from tests import test_recurrent_ops, test_second_order
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -94,6 +94,7 @@ def test_every_registered_operator_is_tested():
     }
     convolutions = {name for name in registered if name.startswith("convolution")}  # in test_convolution.py
     elsewhere = convolutions | {"boundary"}  # what marks layers has no rule, and is tested with them
+    elsewhere |= set(test_second_order.OPERATORS)
     assert set(SAMPLE_INPUTS) | set(test_recurrent_ops.SAMPLE_INPUTS) | elsewhere == registered
 
 
