@@ -70,6 +70,7 @@ _LAZY = {
     "CompileContext": ("torch._guards", "CompileContext"),
     "Source": ("torch._guards", "Source"),
     "TracingContext": ("torch._guards", "TracingContext"),
+    "tracing": ("torch._guards", "tracing"),
     "autograd_function_apply": ("torch._functorch.autograd_function", "autograd_function_apply"),
     "tag_activation_checkpoint": ("torch._higher_order_ops.wrap", "tag_activation_checkpoint"),
     "compile_fx": ("torch._inductor.compile_fx", "compile_fx"),
@@ -200,6 +201,15 @@ def one_symbolic_axis(num_axes: int, axis: int | None) -> Any:
 
     sizes = [DimDynamic.DUCK if position == axis else DimDynamic.STATIC for position in range(num_axes)]
     return StatelessSymbolicContext(dynamic_sizes=sizes)
+
+
+def symbolic_size(mode: Any, hint: int, name: str) -> Any:
+    """A symbol for a size of tensors of a fake mode; whatever its value, the code that is compiled for it is valid."""
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC], constraint_sizes=[None])
+    sample = torch.empty(hint, device="meta")
+    return mode.from_tensor(sample, symbolic_context=context, source=__getattr__("LocalSource")(name)).shape[0]
 
 
 def custom_op_parts(
@@ -366,3 +376,60 @@ def size_hint(shape_env: object, size: object) -> int:
     """The value that a symbolic size had when its graph was captured."""
     hint = getattr(shape_env, "optimization_hint", None) or shape_env.size_hint  # type: ignore[attr-defined]  # before 2.13
     return int(hint(size))
+
+
+def inductor_decompositions() -> dict[Any, Any]:
+    """What Inductor makes of ATen operators before it generates code."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return dict(select_decomp_table())
+
+
+def compile_kernel(
+    graph_module: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], mode: Any, options: Mapping[str, Any]
+) -> Callable[[list[torch.Tensor]], Any]:
+    """Compile a graph of ATen operators, decomposed for Inductor, that writes to its inputs.
+
+    Without Dynamo and AOTAutograd in front, a call takes a fifth of the time; nothing checks that inputs are as they were
+    traced.
+
+    Args:
+        graph_module: the graph; it becomes the compiler's own.
+        inputs: fakes of ``mode``.
+        mode: where the symbols live.
+        options: of Inductor; those that this version does not know are left out.
+
+    Returns:
+        A function of the list of inputs.
+    """
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    known = torch._inductor.list_options()
+    settings = {name: value for name, value in options.items() if name in known}
+    with torch.no_grad(), config.patch(settings), _trusted_cpu(), __getattr__("tracing")(__getattr__("TracingContext")(mode)):
+        return compile_fx_inner(graph_module, list(inputs))  # type: ignore[return-value, arg-type]
+
+
+@contextmanager
+def _trusted_cpu() -> Iterator[None]:
+    """Within, Inductor takes the processor's word for its vector instructions.
+
+    With an empty cache it compiles and loads up to nine small programs first, for seven seconds on two cores (torch 2.13);
+    torch itself has asked the processor already. What is believed here is forgotten afterwards, so that models are compiled
+    as ever.
+    """
+    from torch._inductor import config, cpu_vec_isa
+
+    if not hasattr(config.cpp, "vec_isa_ok") or cpu_vec_isa.valid_vec_isa_list.cache_info().currsize:
+        yield
+        return
+    with config.patch({"cpp.vec_isa_ok": True}):
+        try:
+            yield
+        finally:
+            cpu_vec_isa.valid_vec_isa_list.cache_clear()
+            for isa in cpu_vec_isa.supported_vec_isa_list:
+                clear = getattr(type(isa).__bool__, "cache_clear", None)  # of those classes that remember
+                if clear is not None:
+                    clear()

@@ -51,3 +51,15 @@ class InitError(GraphoptError, RuntimeError):
 
 class MixedPrecisionInit(UserWarning):
     """An initialisation is learned under autocast, where second derivatives lose digits."""
+
+
+class ModuleError(GraphoptError, RuntimeError):
+    """An optimizer module is used in a way that its chain, or the model, does not allow; nothing was changed."""
+
+
+class ClosureError(ModuleError):
+    """A module of a chain needs a closure and was given none."""
+
+
+class NonFiniteError(GraphoptError, FloatingPointError):
+    """A gradient or a loss holds NaN or an infinity; nothing was changed."""

@@ -1,6 +1,11 @@
 """Optimizers that read what the passes leave on the parameters, and optimizers that wrap others."""
 
+from graphopt.optim import m as m
 from graphopt.optim.clip_grad import clip_grad_norm_ as clip_grad_norm_
+from graphopt.optim.core.modular import Modular as Modular
+from graphopt.optim.core.module import Module as Module
+from graphopt.optim.core.module import Rule as Rule
+from graphopt.optim.core.var import Var as Var
 from graphopt.optim.graft import Graft as Graft
 from graphopt.optim.optimizer_optimizer import OptimizerOptimizer as OptimizerOptimizer
 from graphopt.optim.sign import Sign as Sign

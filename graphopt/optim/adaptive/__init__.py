@@ -1,0 +1,1 @@
+"""Optimizers that scale each element by its own history."""

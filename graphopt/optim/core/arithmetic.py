@@ -1,0 +1,107 @@
+"""Arithmetic that rules share, on tensors and on numbers that may be tensors of shape ().
+
+Rules take the reductions of a whole tensor from here, so that a chain can be run on one-dimensional views, and on many small
+tensors side by side.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from graphopt.optim.core.context import Number
+
+
+def state_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of what is remembered of a parameter: its own, at least float32."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def zeros(param: Tensor) -> Tensor:
+    """Zeros like the parameter, for its state."""
+    return torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format, requires_grad=False)
+
+
+def full(param: Tensor, value: Number) -> Tensor:
+    """A constant like the parameter, for its state."""
+    return zeros(param) + value
+
+
+def scalar(param: Tensor, value: float = 0.0) -> Tensor:
+    """A number of shape () that is remembered of a parameter, on its device."""
+    return torch.full((), value, dtype=state_dtype(param), device=param.device)
+
+
+def mix(old: Tensor, new: Tensor, weight: Number) -> Tensor:
+    """``(1 - weight) old + weight new``."""
+    if isinstance(weight, Tensor):
+        weight = weight.to(old.dtype)
+    return torch.lerp(old, new, weight)
+
+
+def average(old: Tensor, new: Tensor, decay: Number) -> Tensor:
+    """An exponential moving average: ``decay old + (1 - decay) new``."""
+    return mix(old, new, 1 - decay)
+
+
+def debias(decay: Number, count: Tensor) -> Tensor:
+    """``1 - decay ** count``: what an average of zeros at first has of the values since, shape ()."""
+    return 1 - decay**count
+
+
+def root(number: Number) -> Number:
+    """The square root."""
+    return number.sqrt() if isinstance(number, Tensor) else math.sqrt(number)
+
+
+def larger(tensor: Tensor, floor: Number) -> Tensor:
+    """The larger of each element and a number."""
+    if isinstance(floor, Tensor):
+        return torch.maximum(tensor, floor.to(tensor.dtype))
+    return tensor.clamp(min=floor)
+
+
+def smaller(tensor: Tensor, ceiling: Number) -> Tensor:
+    """The smaller of each element and a number."""
+    if isinstance(ceiling, Tensor):
+        return torch.minimum(tensor, ceiling.to(tensor.dtype))
+    return tensor.clamp(max=ceiling)
+
+
+def choose(condition: bool | Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """``yes`` where the condition holds, else ``no``."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, yes, no)
+    return yes if condition else no
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reductions of one whole tensor, to shape ()
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum of all elements."""
+    return tensor.sum()
+
+
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """The sum of products."""
+    return (left * right).sum()
+
+
+def largest(tensor: Tensor) -> Tensor:
+    """The largest element."""
+    return tensor.amax()
+
+
+def norm(tensor: Tensor, order: float = 2.0) -> Tensor:
+    """The vector norm of order 1, 2, infinity or any other positive number."""
+    if order == 2:
+        return (tensor * tensor).sum().sqrt()
+    if order == 1:
+        return tensor.abs().sum()
+    if math.isinf(order):
+        return tensor.abs().amax()
+    return (tensor.abs() ** order).sum() ** (1 / order)

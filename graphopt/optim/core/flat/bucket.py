@@ -1,0 +1,84 @@
+"""Small tensors that share memory, so that one call updates all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from graphopt.optim.core.flat.program import Program
+from graphopt.optim.core.flat.ragged import ROW_WIDTH, Rows
+
+
+class Bucket:
+    """Buffers for the elements of a program, of many tensors: each tensor fills whole rows, the rest of the last is padding.
+
+    Args:
+        program: what is run on the buffers.
+        params: the tensors, none distributed, all of one dtype and device.
+        states: for each state element of the program its tensors; they are copied into the buffers, and `views` are to
+            take their places.
+        min_rows: at least so many rows.
+    """
+
+    def __init__(
+        self, program: Program, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]], min_rows: int
+    ) -> None:
+        device = params[0].device
+        lengths = [param.numel() for param in params]
+        num_rows = [-(-length // ROW_WIDTH) for length in lengths]
+        spare = max(0, min_rows - sum(num_rows))
+        starts = [0]
+        for number in num_rows:
+            starts.append(starts[-1] + number * ROW_WIDTH)
+        self.num_rows = sum(num_rows) + spare
+        self._paddings = [number * ROW_WIDTH - length for number, length in zip(num_rows, lengths, strict=True)]
+        self._spare = spare * ROW_WIDTH
+        self._templates: dict[torch.dtype, list[Tensor]] = {}
+        self._shapes = [
+            (start, length, param.shape) for start, length, param in zip(starts, lengths, params, strict=False)
+        ]
+        counts = torch.tensor(num_rows)
+        owner = torch.repeat_interleave(torch.arange(len(params)), counts)
+        num_valid = torch.full((int(counts.sum()),), ROW_WIDTH)
+        last = counts.cumsum(0) - 1
+        num_valid[last[counts > 0]] = ROW_WIDTH - torch.tensor(self._paddings)[counts > 0]
+        self.rows = Rows(
+            torch.nn.functional.pad(owner, (0, spare)).to(device),
+            torch.nn.functional.pad(num_valid, (0, spare)).to(device),
+            torch.tensor(lengths, dtype=torch.float64, device=device),
+        )
+        self.buffers: list[Tensor | None] = []
+        self.views: dict[str, list[Tensor]] = {}
+        for name, dtype, is_scalar in zip(program.elements, program.dtypes, program.scalars, strict=True):
+            if name not in states:
+                self.buffers.append(None)  # gathered at every step
+                continue
+            if is_scalar:
+                buffer = torch.stack([state.reshape(()) for state in states[name]])
+                self.views[name] = list(buffer.unbind())
+            else:
+                buffer = self.gather(states[name], dtype)
+                self.views[name] = self.split(buffer)
+            self.buffers.append(buffer)
+
+    def gather(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Copy one tensor of each parameter into a new buffer, (num_rows, ROW_WIDTH)."""
+        template = self._templates.get(dtype)
+        if template is None:
+            template = []
+            device = self.rows.owner.device
+            for padding in self._paddings:
+                template += [torch.zeros(0), torch.zeros(padding, dtype=dtype, device=device)]
+            template.append(torch.zeros(self._spare, dtype=dtype, device=device))
+            self._templates[dtype] = template
+        pieces = list(template)
+        pieces[:-1:2] = tensors
+        flat: Tensor = torch._C._nn.flatten_dense_tensors(pieces)
+        return flat.view(self.num_rows, ROW_WIDTH)
+
+    def split(self, buffer: Tensor) -> list[Tensor]:
+        """A buffer's part of each parameter, in the parameter's shape."""
+        flat = buffer.view(-1)
+        return [flat[start : start + length].view(shape) for start, length, shape in self._shapes]

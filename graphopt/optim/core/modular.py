@@ -1,0 +1,608 @@
+"""`Modular`: a chain of modules as a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from graphopt import _compat, annotations
+from graphopt.errors import ClosureError, MissingAnnotation, ModuleError, NonFiniteError, OptionError, UnsupportedError
+from graphopt.optim.base_optimizer import is_count
+from graphopt.optim.core.flat.segment import COMPILE_FROM, FlatSegment, Mode, apply_updates
+from graphopt.optim.core.module import Module, Rule, as_chain, walk
+from graphopt.optim.core.naming import bind, check_group, name_modules
+from graphopt.optim.core.store import Store
+from graphopt.optim.core.var import Var
+
+_FLAGS = ("foreach", "capturable", "differentiable", "fused")
+_MAX_NAMES = 10
+
+_MISSING = """\
+{place} needs {key} of every parameter, but {num_missing} of {num_params} with a gradient have none: {names}.
+It is provided by {provider}, and exists between backward() and the zero_grad() that follows. Nothing was changed.
+Call graphopt.transform(model) before training; graphopt.records(model) says what the pass skipped, and why."""
+
+
+class Modular(torch.optim.Optimizer):
+    """An optimizer made of modules that run one after another on the gradients; the result is subtracted.
+
+    Every hyper-parameter of every module is an option of the parameter groups, under its name, or under ``<module>.<name>``
+    where two modules share it (``adam.eps``); `option_names` lists them. ``lr`` is read by the last `LR`; a chain without one
+    multiplies the update by it.
+
+    Args:
+        params: parameters, groups of them, named parameters, or a module.
+        *modules: modules of ``graphopt.optim.m``, of your own (`Module`), or lists of them.
+        maximize: go up instead of down.
+        foreach: ``True`` runs element-wise modules by torch's ``_foreach`` functions, ``False`` one tensor at a time.
+        capturable: keep all numbers on the device, so that a step can be captured in a CUDA graph.
+        differentiable: let autograd run through the step.
+        fused: ``True`` runs element-wise modules in compiled kernels, or in torch's own where the chain equals one of its
+            optimizers; an error where that fails. ``None`` for this and ``foreach`` chooses by the number of elements.
+        error_if_nonfinite: whether to look for NaN and infinities in the gradients before each step, which reads all of
+            them once more. ``None``: only where that costs nothing to speak of, on a CPU with at most a million elements.
+
+    Raises:
+        OptionError: no modules, something that is none, or an option that means nothing.
+
+    Example:
+        >>> from graphopt.optim import Modular, m
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = Modular([weight], m.ClipValue(0.5), m.LR(0.1))
+        >>> weight.grad = torch.tensor([3.0])
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([0.9500])
+    """
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        *modules: Any,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        error_if_nonfinite: bool | None = None,
+    ) -> None:
+        self.model = params if isinstance(params, nn.Module) else None
+        self.modules = as_chain(modules, "Modular(params, ...)")
+        if not self.modules:
+            raise OptionError(
+                "Modular without modules; pass at least one, such as Modular(params, m.Adam(), m.LR(1e-3))"
+            )
+        for module in walk(self.modules):
+            if module.binding is not None:
+                raise OptionError(
+                    f"{module!r} belongs to another optimizer already; a module remembers things, so make a new one"
+                )
+        self.error_if_nonfinite = error_if_nonfinite
+        self._named = name_modules(self.modules)
+        self._configure()
+        defaults: dict[str, Any] = {}
+        for entry in self._named:
+            defaults.update({key: entry.module.defaults[name] for name, key in entry.keys.items()})
+        defaults.setdefault("lr", 1.0)
+        defaults |= {
+            "maximize": maximize,
+            "frozen": False,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "num_steps": 0,
+            "modules": ",".join(entry.path for entry in self._named),
+        }
+        _check_flags(defaults)
+        given: Any = params.named_parameters() if isinstance(params, nn.Module) else params
+        super().__init__(given, defaults)
+        self._bind()
+
+    # ---------------------------------------------------------------------------------------------------------- options
+
+    @property
+    def option_names(self) -> dict[str, str]:
+        """For each option of a parameter group that belongs to a module, the module and its place in the chain."""
+        return {key: entry.place for entry in self._named for key in entry.keys.values()}
+
+    @property
+    def updates_each_parameter_alone(self) -> bool:
+        """Whether the step of a parameter depends on that parameter alone, so that layers can be streamed."""
+        return all(isinstance(module, Rule) and not module.measures for module in walk(self.modules))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; options that it does not name take the defaults.
+
+        Raises:
+            OptionError: an option is out of range, or its name belongs to two modules.
+        """
+        given = {name: value for name, value in param_group.items() if name not in ("params", "param_names")}
+        check_group(self._named, {**self.defaults, **given})
+        for flag in _FLAGS:
+            if flag in given and given[flag] != self.defaults[flag]:
+                raise OptionError(
+                    f"{flag}={given[flag]!r} in a parameter group, but {self.defaults[flag]!r} in the optimizer; "
+                    "it is an option of the whole optimizer"
+                )
+        super().add_param_group(param_group)
+        self._is_known = False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients as torch does, and the statistics that belong to them."""
+        super().zero_grad(set_to_none)
+        annotations.clear(self._all_params())
+
+    def reset(self) -> None:
+        """Forget what all modules have learned from earlier steps; the parameters stay."""
+        self.state.clear()
+        self._forget_plans()
+        for group in self.param_groups:
+            group["num_steps"] = 0
+
+    # ------------------------------------------------------------------------------------------------------------- step
+
+    def step(self, closure: Callable[..., Any] | None = None) -> Any:  # type: ignore[override]
+        """Make one step.
+
+        Args:
+            closure: recomputes the loss and the gradients, and returns the loss. Chains with a module that needs it call it
+                as often as that asks for, some with ``closure(False)``, which must not compute gradients.
+
+        Returns:
+            The loss before the step, or ``None`` without a closure.
+
+        Raises:
+            ClosureError: a module needs a closure. Nothing was changed.
+            MissingAnnotation: parameters lack a statistic that a module reads. Nothing was changed.
+            NonFiniteError: a gradient is NaN or infinite (see ``error_if_nonfinite``). Nothing was changed.
+            UnsupportedError: a gradient is sparse. Nothing was changed.
+        """
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            return self._step(closure)
+
+    @_compat.disable_dynamo  # what is compiled here is compiled by the segments
+    def _step(self, closure: Callable[..., Any] | None) -> Any:
+        loss = None
+        needy = next((entry for entry in self._named if entry.module.needs_closure), None)
+        if closure is None and needy is not None:
+            raise ClosureError(
+                f"{needy.place} evaluates the loss, so step() needs a closure; write optimizer.step(closure) with "
+                "def closure(backward=True): ... that returns the loss, and computes gradients only if backward"
+            )
+        if closure is not None and needy is None:
+            with torch.enable_grad():
+                loss = closure()
+        var = self._make_var(closure if needy is not None else None, loss, with_all=needy is not None)
+        if var is None:
+            return loss
+        self._check_step(var)
+        self._run_schedules()
+        self._count(var)
+        hooks = self._run(var)
+        for group in self.param_groups:
+            group["num_steps"] += 1
+        for hook in hooks.post_step_hooks:
+            hook(hooks)
+        return hooks.loss if needy is not None else loss
+
+    def check(self) -> None:
+        """Raise what ``step`` would raise about gradients and statistics; without an error this does nothing."""
+        var = self._make_var(None, None, with_all=False)
+        if var is not None:
+            self._check_step(var)
+
+    def _make_var(self, closure: Callable[..., Any] | None, loss: Any, with_all: bool) -> Var | None:
+        """The parameters of this step and their gradients."""
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        maximize = self.defaults["maximize"]
+        for group in self.param_groups:
+            if group["frozen"]:
+                continue
+            if group["maximize"] != maximize:
+                raise OptionError("maximize differs between parameter groups; make two optimizers")
+            if with_all:
+                params += [param for param in group["params"] if param.requires_grad]
+            else:
+                found = [param.grad for param in group["params"]]
+                if all(grad is not None for grad in found):
+                    params += group["params"]
+                    grads += cast("list[Tensor]", found)
+                else:
+                    for param, grad in zip(group["params"], found, strict=True):
+                        if grad is not None:
+                            params.append(param)
+                            grads.append(grad)
+        if not params:
+            return None
+        if with_all and maximize:
+            raise OptionError(
+                "maximize=True with modules that evaluate the closure; return the negative loss from it instead"
+            )
+        if not self._is_known:
+            self._learn_params()
+        if self._has_complex:
+            params, grads = self._as_real(params, grads, with_all)
+        var = Var(
+            params,
+            grads=None if with_all else grads,
+            closure=closure,
+            model=self.model,
+            current_step=self.param_groups[0]["num_steps"],
+            loss=loss,
+            state=self.state,
+            settings=_GroupOf(self),
+            annotations=annotations.get,
+            names=self._names,
+            source_of=self._source_of,
+            maximize=maximize,
+        )
+        return var
+
+    def _check_step(self, var: Var) -> None:
+        """Raise what must be raised before anything has changed."""
+        if not var.has_grads:
+            return
+        grads = var.grads
+        for param, grad in zip(var.params, grads, strict=True):
+            if grad.layout is not torch.strided:
+                raise UnsupportedError(
+                    f"{self._name(param)}: its gradient is sparse ({grad.layout}), which no module reads. Build the embedding "
+                    "with sparse=False, or give this parameter to torch.optim.SparseAdam"
+                )
+        self._check_annotations(var)
+        check = self.error_if_nonfinite
+        if check is None:
+            is_cheap = all(grad.device.type == "cpu" for grad in grads) and not self._is_differentiable
+            check = is_cheap and sum(grad.numel() for grad in grads) <= COMPILE_FROM
+        if check:
+            bad = [
+                param
+                for param, grad in zip(var.params, grads, strict=True)
+                if not bool(torch.isfinite(_compat.local_part(grad)).all())
+            ]
+            if bad:
+                raise NonFiniteError(
+                    f"{self.modules[0].place}: the gradient of {', '.join(map(self._name, bad[:_MAX_NAMES]))} holds NaN or "
+                    "infinities; nothing was changed. Skip the step, or find where they come from with "
+                    "torch.autograd.set_detect_anomaly(True); error_if_nonfinite=False lets them pass as in torch.optim"
+                )
+
+    def _check_annotations(self, var: Var) -> None:
+        for entry in self._named:
+            for key in entry.module.reads:
+                missing = []
+                for index, param in enumerate(var.params):
+                    try:
+                        var.notes_of(index, [key])
+                    except MissingAnnotation:
+                        missing.append(param)
+                if missing:
+                    names = "; ".join(map(self._name, missing[:_MAX_NAMES]))
+                    more = f"; and {len(missing) - _MAX_NAMES} more" if len(missing) > _MAX_NAMES else ""
+                    raise MissingAnnotation(
+                        _MISSING.format(
+                            place=entry.place,
+                            key=key.name,
+                            num_missing=len(missing),
+                            num_params=len(var.params),
+                            names=names + more,
+                            provider=key.provider,
+                        )
+                    )
+
+    def _run_schedules(self) -> None:
+        for module, _, _, keys in self._named:
+            for name, schedule in module.schedules.items():
+                for group in self.param_groups:
+                    value = schedule(group["num_steps"])
+                    module.check_setting(name, value)
+                    group[keys[name]] = value
+
+    def _count(self, var: Var) -> None:
+        """Count a step for each parameter; those that have made equally many share one tensor."""
+        params = var.params
+        if len(params) != len(self._counted) or not all(a is b for a, b in zip(params, self._counted, strict=True)):
+            self._share_counts(params)
+        elif any(self.state[param].get("step") is not count for param, count in zip(params, self._counts, strict=True)):
+            self._share_counts(params)
+        for count in self._distinct_counts:
+            count.add_(1)
+        var.counts = self._counts
+
+    def _share_counts(self, params: Sequence[Tensor]) -> None:
+        capturable = self.defaults["capturable"]
+        shared: dict[Any, Tensor] = {}
+        self._counts = []
+        for param in params:
+            entry = self.state[self._owner_of(param)]
+            step = entry.get("step")
+            device = param.device if capturable else torch.device("cpu")
+            value = 0.0 if step is None else float(step)
+            key = (value, device)
+            if key not in shared:
+                shared[key] = torch.full((), value, dtype=torch.float64, device=device)
+            entry["step"] = shared[key]
+            self._counts.append(shared[key])
+        self._counted = list(params)
+        self._distinct_counts = list(shared.values())
+
+    def _run(self, var: Var) -> Var:
+        for segment in self._segments:
+            var = segment.run(var) if isinstance(segment, FlatSegment) else segment.step(var)
+            if var.stop:
+                break
+        if not var.skip_update:
+            apply_updates(var.params, self._scaled(var))
+        return var
+
+    def _scaled(self, var: Var) -> list[Tensor]:
+        """The update, times ``lr`` if no module has done that."""
+        updates = var.get_update()
+        if self._has_lr:
+            return updates
+        return [
+            update if (lr := self._lr_of(param)) == 1 else update * lr
+            for param, update in zip(var.params, updates, strict=True)
+        ]
+
+    # -------------------------------------------------------------------------------------------------------- internals
+
+    def _configure(self) -> None:
+        """What follows from the modules."""
+        self._has_lr = any("lr" in entry.keys.values() for entry in self._named)
+        self._is_known = False
+        self._has_complex = False
+        self._names: dict[Tensor, str] = {}
+        self._groups: dict[Tensor, int] = {}
+        self._reals: dict[Tensor, Tensor] = {}
+        self._owners: dict[Tensor, Tensor] = {}
+        self._counted: list[Tensor] = []
+        self._counts: list[Tensor] = []
+        self._distinct_counts: list[Tensor] = []
+        self._segments: list[FlatSegment | Module] = []
+
+    def _bind(self) -> None:
+        """Give the modules their places, and sort them into segments."""
+        store = Store(self.state)
+        bind(
+            self._named,
+            store,
+            self._group_of,
+            lambda: next(self._all_params()),
+            replaces=self.defaults["differentiable"],
+        )
+        self._store = store
+        self._segments = list(self._cut())
+
+    def _cut(self) -> Iterator[FlatSegment | Module]:
+        mode, capturable = self._mode, self.defaults["capturable"]
+        run: list[Rule] = []
+        for index, module in enumerate(self.modules):
+            is_flat = isinstance(module, Rule) and module.is_elementwise and not module.measures
+            if is_flat and mode != "loop":
+                run.append(cast(Rule, module))
+                if index + 1 < len(self.modules):
+                    continue
+            if run:
+                is_last = index + 1 == len(self.modules) and is_flat and self._has_lr
+                yield FlatSegment(run, mode, is_last, capturable)
+                run = []
+            if not (is_flat and mode != "loop"):
+                yield module
+
+    @property
+    def _mode(self) -> Mode:
+        flags = self.defaults
+        if flags["differentiable"]:
+            return "loop"
+        if flags["fused"]:
+            return "fused"
+        if flags["foreach"]:
+            return "foreach"
+        if flags["foreach"] is False:
+            return "loop"
+        return "auto"
+
+    @property
+    def _is_differentiable(self) -> bool:
+        return bool(self.defaults["differentiable"])
+
+    def _all_params(self) -> Iterator[Tensor]:
+        return chain.from_iterable(group["params"] for group in self.param_groups)
+
+    def _learn_params(self) -> None:
+        """Groups and names of the parameters."""
+        self._names, self._groups = {}, {}
+        for index, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [None] * len(group["params"])
+            for param, name in zip(group["params"], names, strict=True):
+                self._groups[param] = index
+                if name is not None:
+                    self._names[param] = name
+        self._has_complex = any(param.is_complex() for param in self._groups)
+        self._is_known = True
+
+    def _owner_of(self, param: Tensor) -> Tensor:
+        return self._owners.get(param, param)
+
+    def _group_of(self, param: Tensor) -> dict[str, Any]:
+        if not self._is_known:
+            self._learn_params()
+        index = self._groups.get(self._owner_of(param))
+        return self.param_groups[0 if index is None else index]
+
+    def _source_of(self, param: Tensor) -> Any:
+        owner = self._owner_of(param)
+        overridden = [entry.path for entry in self._named if param in entry.module._overrides]
+        return (id(owner) if overridden else -1, self._groups.get(owner, 0))
+
+    def _lr_of(self, param: Tensor) -> Any:
+        return self._group_of(param)["lr"]
+
+    def _as_real(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], with_all: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Complex parameters as real ones with one more axis, as torch's own optimizers take them."""
+        if with_all and any(param.is_complex() for param in params):
+            raise UnsupportedError(
+                "a parameter is complex, and a module evaluates the closure; make torch.view_as_real(param) the parameter"
+            )
+        reals = []
+        for param in params:
+            if not param.is_complex():
+                reals.append(param)
+                continue
+            known = self._reals.get(param)
+            if known is None or known.data_ptr() != param.data_ptr():
+                known = torch.view_as_real(param.detach())
+                self._reals[param] = known
+                self._owners[known] = param
+                self._store.stand_in(known, param, "")
+                self._names[known] = self._names.get(param, "")
+            reals.append(known)
+        return reals, [torch.view_as_real(grad) if grad.is_complex() else grad for grad in grads]
+
+    def _name(self, param: Tensor) -> str:
+        """The parameter for an error."""
+        owner = self._owner_of(param)
+        for group_index, group in enumerate(self.param_groups):
+            for index, candidate in enumerate(group["params"]):
+                if candidate is owner:
+                    names = group.get("param_names")
+                    place = f"parameter {names[index]!r}" if names else f"parameter {index} of group {group_index}"
+                    return f"{place}, shape {tuple(owner.shape)}"
+        return f"a parameter of shape {tuple(owner.shape)}"
+
+    def _forget_plans(self) -> None:
+        self._counted = []
+        for segment in self._segments:
+            if isinstance(segment, FlatSegment):
+                segment.forget()
+
+    # ------------------------------------------------------------------------------------------------ saving and copying
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict()`` returned. Tensors are copied and keep their dtypes.
+
+        Raises:
+            ModuleError: it was saved by another chain, or for another model. Nothing was changed.
+        """
+        self._check_state_dict(state_dict)
+        loaded: dict[str, Any] = {}
+        before = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
+        after = self.register_load_state_dict_post_hook(lambda _: self._restore_dtypes(loaded), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _restore_dtypes(self, state_dict: Mapping[str, Any]) -> None:
+        """Torch casts what it loads to the parameter's dtype."""
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        for identifier, param in zip(saved, self._all_params(), strict=True):
+            for name, value in state_dict["state"].get(identifier, {}).items():
+                if isinstance(value, Tensor):
+                    device = value.device if is_count(name) and not self.defaults["capturable"] else param.device
+                    self.state[param][name] = value.detach().to(device, copy=True)
+
+    def _check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        groups = state_dict["param_groups"]
+        own = self.defaults["modules"]
+        for group in groups:
+            theirs = group.get("modules")
+            if theirs is not None and theirs != own:
+                pairs = zip((own + ",").split(","), (theirs + ",").split(","), strict=False)
+                place, (mine, other) = next((i, pair) for i, pair in enumerate(pairs, 1) if pair[0] != pair[1])
+                raise ModuleError(
+                    f"the state_dict was saved by the chain [{theirs}], but this optimizer is [{own}]; they differ at module "
+                    f"{place}: {other or 'none'} there, {mine or 'none'} here. Build the same chain, then load; nothing was changed"
+                )
+        mine, other = [len(g["params"]) for g in self.param_groups], [len(g["params"]) for g in groups]
+        if mine != other:
+            raise ModuleError(
+                f"the state_dict is of another model: its groups hold {other} parameters, those of this optimizer {mine}. "
+                "Give the optimizer the same parameters in the same groups; nothing was changed"
+            )
+        saved = chain.from_iterable(group["params"] for group in groups)
+        for identifier, param in zip(saved, self._all_params(), strict=True):
+            entry = state_dict["state"].get(identifier, {})
+            self._check_entry(param, entry)
+
+    def _check_entry(self, param: Tensor, entry: Mapping[str, Any]) -> None:
+        for module, path, place, _ in self._named:
+            if not isinstance(module, Rule) or not entry:
+                continue
+            like = torch.empty_like(torch.view_as_real(param) if param.is_complex() else param, device="meta")
+            settings = module.get_settings(param)
+            fields = getattr(module.state_type(settings), "_fields", ())
+            if not any(f"{path}.{name}" in entry for name in fields):
+                continue
+            for name, expected in zip(fields, module.init(like, settings), strict=True):
+                value = entry.get(f"{path}.{name}")
+                if value is None or (isinstance(value, Tensor) and value.shape != expected.shape):
+                    got = "nothing" if value is None else f"shape {tuple(value.shape)}"
+                    raise ModuleError(
+                        f"the state_dict is of another model: {place} expects {name} of shape {tuple(expected.shape)} for "
+                        f"{self._name(param)}, and found {got}. Load it into the model that it was saved with; nothing was changed"
+                    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "modules": self.modules,
+            "model": self.model,
+            "error_if_nonfinite": self.error_if_nonfinite,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        is_new = "modules" in state
+        super().__setstate__(state)
+        if is_new:
+            self._named = name_modules(self.modules)
+            self._configure()
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        if is_new:
+            self._bind()
+        else:
+            self._store.entries = self.state
+        self._is_known = False
+        self._forget_plans()
+
+    def __repr__(self) -> str:
+        return f"Modular({', '.join(map(repr, self.modules))})"
+
+
+class _GroupOf(Mapping[Tensor, dict[str, Any]]):
+    def __init__(self, optimizer: Modular) -> None:
+        self._optimizer = optimizer
+
+    def __getitem__(self, param: Tensor) -> dict[str, Any]:
+        return self._optimizer._group_of(param)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self._optimizer._all_params()
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _check_flags(flags: Mapping[str, Any]) -> None:
+    if flags["foreach"] and flags["fused"]:
+        raise OptionError("foreach=True and fused=True; choose one")
+    for name in ("foreach", "fused"):
+        if flags["differentiable"] and flags[name]:
+            raise OptionError(f"differentiable=True and {name}=True; only single tensors can be differentiated through")
+    if flags["capturable"] and flags["fused"]:
+        raise OptionError(
+            "capturable=True and fused=True; compiled kernels take their numbers from the host. Use foreach=True"
+        )

@@ -1,0 +1,7 @@
+"""All optimizer modules, by name: ``from graphopt.optim import m``, then ``m.Adam()``."""
+
+from graphopt.optim.adaptive.adam import Adam as Adam
+from graphopt.optim.decay.weight_decay import WeightDecay as WeightDecay
+from graphopt.optim.stabilization.clip_value import ClipValue as ClipValue
+from graphopt.optim.stabilization.normalize_by_ema import NormalizeByEMA as NormalizeByEMA
+from graphopt.optim.step_size.lr import LR as LR
