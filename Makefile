@@ -8,7 +8,7 @@
 # TORCH_INDEX=URL         where to look for torch besides pip's own configuration; on Linux PyPI has only the CUDA build, so
 #                         a machine without a GPU saves gigabytes with https://download.pytorch.org/whl/cpu
 # DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS    passed on: make test PYTEST_ARGS="-m 'not slow' -x"; make bench BENCH_ARGS=regions
-#                         (or layer_to_layer, memory_against_depth, kills, gradinit, gradinit_effect, sums; truegrad by default)
+#                         (or layer_to_layer, memory_against_depth, kills, gradinit, gradinit_effect, optim, sums; truegrad by default)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

@@ -33,6 +33,11 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
         "truegrad==5.0.0",
     ),
     "gradinit": ("gradinit==0.1.1",),
+    "optim": (
+        "torchzero==0.4.4",
+        "heavyball==3.2.1",
+        "opt-einsum==3.4.0",  # heavyball
+    ),
     "layer-to-layer": ("layer-to-layer-pytorch==0.3.0",),  # it wants an older torch and numpy, and runs with these
 }
 ONLY_IF_MISSING = {"scipy": "scipy==1.17.1"}  # opacus; big, and usually there

@@ -30,6 +30,8 @@ PACKAGES = (
     "truegrad",
     "layer-to-layer-pytorch",
     "gradinit",
+    "torchzero",
+    "heavyball",
     "scikit-learn",
 )
 

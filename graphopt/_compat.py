@@ -207,7 +207,7 @@ def symbolic_size(mode: Any, hint: int, name: str) -> Any:
     """A symbol for a size of tensors of a fake mode; whatever its value, the code that is compiled for it is valid."""
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC], constraint_sizes=[None])
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC], constraint_sizes=[None])
     sample = torch.empty(hint, device="meta")
     return mode.from_tensor(sample, symbolic_context=context, source=__getattr__("LocalSource")(name)).shape[0]
 
@@ -407,8 +407,13 @@ def compile_kernel(
 
     known = torch._inductor.list_options()
     settings = {name: value for name, value in options.items() if name in known}
-    with torch.no_grad(), config.patch(settings), _trusted_cpu(), __getattr__("tracing")(__getattr__("TracingContext")(mode)):
-        return compile_fx_inner(graph_module, list(inputs))  # type: ignore[return-value, arg-type]
+    with (
+        torch.no_grad(),
+        config.patch(settings),
+        _trusted_cpu(),
+        __getattr__("tracing")(__getattr__("TracingContext")(mode)),
+    ):
+        return compile_fx_inner(graph_module, list(inputs))  # type: ignore[return-value]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from graphopt.optim.core.arithmetic import average, debias, root, zeros
-from graphopt.optim.core.bounds import ANY, DECAY, NON_NEGATIVE
+from graphopt.optim.core.bounds import ANY, DECAY, NON_NEGATIVE, numbers
 from graphopt.optim.core.context import Context, Number, Settings
 from graphopt.optim.core.module import Rule
 
@@ -48,7 +48,7 @@ class Adam(Rule):
     Reference: Kingma, Ba, "Adam", arXiv:1412.6980, 2014, algorithm 1.
     """
 
-    bounds = {"beta1": DECAY, "beta2": DECAY, "eps": NON_NEGATIVE, "alpha": ANY}
+    bounds = numbers(beta1=DECAY, beta2=DECAY, eps=NON_NEGATIVE, alpha=ANY)
     State = AdamState
 
     def __init__(
@@ -88,11 +88,11 @@ class Adam(Rule):
         """One step."""
         exp_avg = average(state.exp_avg, update, settings.beta1)
         exp_avg_sq = average(state.exp_avg_sq, update * update, settings.beta2)
-        square, others = exp_avg_sq, ()
+        square = exp_avg_sq
         if settings.amsgrad:
             square = exp_avg_sq.maximum(state.max_exp_avg_sq)
-            others = (square,)
-        step_size, scale = settings.alpha, 1.0
+        step_size: Number = settings.alpha
+        scale: Number = 1.0
         if settings.debiased:
             step_size = settings.alpha / debias(settings.beta1, context.count)
             scale = root(debias(settings.beta2, context.count))
@@ -100,4 +100,6 @@ class Adam(Rule):
             new = exp_avg * (step_size * scale) / (square.sqrt() + settings.eps)
         else:
             new = exp_avg * step_size / (square.sqrt() / scale + settings.eps)
-        return new, self.state_type(settings)(exp_avg, exp_avg_sq, *others)
+        if settings.amsgrad:
+            return new, AMSGradState(exp_avg, exp_avg_sq, square)
+        return new, AdamState(exp_avg, exp_avg_sq)

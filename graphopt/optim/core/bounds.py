@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -40,6 +42,11 @@ POSITIVE = Bounds(0.0, includes_low=False, includes_high=False)
 AT_LEAST_ONE = Bounds(1.0, includes_high=False)
 DECAY = Bounds(0.0, 1.0, includes_high=False)  # of an exponential moving average
 FRACTION = Bounds(0.0, 1.0)
+
+
+def numbers(**bounds: Bounds) -> Mapping[str, Bounds]:
+    """The numeric hyper-parameters of a module and the values that each may take."""
+    return MappingProxyType(bounds)
 
 
 def is_number(value: Any) -> bool:

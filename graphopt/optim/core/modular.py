@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from graphopt import _compat, annotations
+from graphopt import _compat
+from graphopt import annotations as noted
 from graphopt.errors import ClosureError, MissingAnnotation, ModuleError, NonFiniteError, OptionError, UnsupportedError
 from graphopt.optim.base_optimizer import is_count
 from graphopt.optim.core.flat.segment import COMPILE_FROM, FlatSegment, Mode, apply_updates
@@ -136,7 +137,7 @@ class Modular(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients as torch does, and the statistics that belong to them."""
         super().zero_grad(set_to_none)
-        annotations.clear(self._all_params())
+        noted.clear(self._all_params())
 
     def reset(self) -> None:
         """Forget what all modules have learned from earlier steps; the parameters stay."""
@@ -147,7 +148,7 @@ class Modular(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------------------------------------------------- step
 
-    def step(self, closure: Callable[..., Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[..., Any] | None = None) -> Any:
         """Make one step.
 
         Args:
@@ -238,7 +239,7 @@ class Modular(torch.optim.Optimizer):
             loss=loss,
             state=self.state,
             settings=_GroupOf(self),
-            annotations=annotations.get,
+            annotations=noted.get,
             names=self._names,
             source_of=self._source_of,
             maximize=maximize,
@@ -363,7 +364,7 @@ class Modular(torch.optim.Optimizer):
         self._groups: dict[Tensor, int] = {}
         self._reals: dict[Tensor, Tensor] = {}
         self._owners: dict[Tensor, Tensor] = {}
-        self._counted: list[Tensor] = []
+        self._counted: list[Tensor] = []  # the parameters of the last step, and their counts
         self._counts: list[Tensor] = []
         self._distinct_counts: list[Tensor] = []
         self._segments: list[FlatSegment | Module] = []
@@ -522,8 +523,9 @@ class Modular(torch.optim.Optimizer):
                 pairs = zip((own + ",").split(","), (theirs + ",").split(","), strict=False)
                 place, (mine, other) = next((i, pair) for i, pair in enumerate(pairs, 1) if pair[0] != pair[1])
                 raise ModuleError(
-                    f"the state_dict was saved by the chain [{theirs}], but this optimizer is [{own}]; they differ at module "
-                    f"{place}: {other or 'none'} there, {mine or 'none'} here. Build the same chain, then load; nothing was changed"
+                    f"the state_dict was saved by the chain [{theirs}], but this optimizer is [{own}]; they differ at "
+                    f"module {place}: {other or 'none'} there, {mine or 'none'} here. Build the same chain, then load; "
+                    "nothing was changed"
                 )
         mine, other = [len(g["params"]) for g in self.param_groups], [len(g["params"]) for g in groups]
         if mine != other:
@@ -551,7 +553,8 @@ class Modular(torch.optim.Optimizer):
                     got = "nothing" if value is None else f"shape {tuple(value.shape)}"
                     raise ModuleError(
                         f"the state_dict is of another model: {place} expects {name} of shape {tuple(expected.shape)} for "
-                        f"{self._name(param)}, and found {got}. Load it into the model that it was saved with; nothing was changed"
+                        f"{self._name(param)}, and found {got}. Load it into the model that it was saved with; "
+                        "nothing was changed"
                     )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 from torch import Tensor
@@ -33,7 +34,7 @@ class Module:
         needs_closure: whether it evaluates the closure.
     """
 
-    bounds: ClassVar[Mapping[str, Bounds]] = {}
+    bounds: ClassVar[Mapping[str, Bounds]] = MappingProxyType({})
     reads: ClassVar[tuple[Key[Any], ...]] = ()
     needs_closure: ClassVar[bool] = False
     is_learning_rate: ClassVar[bool] = False  # the last such module of a chain owns the option ``lr`` of a group
@@ -165,7 +166,8 @@ class Module:
     def _bound(self) -> Binding:
         if self._binding is None:
             raise ModuleError(
-                f"{type(self).__name__} belongs to no optimizer yet; state and settings exist once it is in a Modular(params, ...)"
+                f"{type(self).__name__} belongs to no optimizer yet; state and settings exist once it is "
+                "in a Modular(params, ...)"
             )
         return self._binding
 

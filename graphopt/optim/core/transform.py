@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.annotations import Key
 from graphopt.errors import ClosureError, MissingAnnotation, OptionError
-from graphopt.optim.core.module import Module, Rule, as_chain, run_modules, walk
+from graphopt.optim.core.module import Rule, as_chain, run_modules, walk
 from graphopt.optim.core.naming import Named, bind, name_modules
 from graphopt.optim.core.store import Store
 from graphopt.optim.core.var import Var

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graphopt.optim.core.bounds import NON_NEGATIVE
+from graphopt.optim.core.bounds import NON_NEGATIVE, numbers
 from graphopt.optim.core.context import Context, Number, Settings
 from graphopt.optim.core.module import Rule
 
@@ -24,7 +24,7 @@ class WeightDecay(Rule):
     Reference: Loshchilov, Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101, 2017, algorithm 2.
     """
 
-    bounds = {"weight_decay": NON_NEGATIVE}
+    bounds = numbers(weight_decay=NON_NEGATIVE)
 
     def __init__(self, weight_decay: Number = 1e-2, ord: int = 2) -> None:
         super().__init__({"weight_decay": weight_decay, "ord": ord})

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from graphopt.optim.core.arithmetic import larger, smaller
-from graphopt.optim.core.bounds import NON_NEGATIVE
+from graphopt.optim.core.bounds import NON_NEGATIVE, numbers
 from graphopt.optim.core.context import Context, Number, Settings
 from graphopt.optim.core.module import Rule
 
@@ -19,7 +19,7 @@ class ClipValue(Rule):
         value: the limit, in units of the update.
     """
 
-    bounds = {"value": NON_NEGATIVE}
+    bounds = numbers(value=NON_NEGATIVE)
 
     def __init__(self, value: Number = 1.0) -> None:
         super().__init__({"value": value})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from graphopt.optim.core.arithmetic import average, choose, larger, norm, scalar, zeros
-from graphopt.optim.core.bounds import AT_LEAST_ONE, DECAY, POSITIVE
+from graphopt.optim.core.bounds import AT_LEAST_ONE, DECAY, POSITIVE, numbers
 from graphopt.optim.core.context import Context, Number, Settings
 from graphopt.optim.core.module import Rule
 
@@ -33,7 +33,7 @@ class NormalizeByEMA(Rule):
         ema_init: what the average is in the first step, ``"zeros"`` or the first ``"update"``.
     """
 
-    bounds = {"beta": DECAY, "eps": POSITIVE, "max_ema_growth": AT_LEAST_ONE}
+    bounds = numbers(beta=DECAY, eps=POSITIVE, max_ema_growth=AT_LEAST_ONE)
     State = EMAState
 
     def __init__(

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graphopt.optim.core.bounds import NON_NEGATIVE
+from graphopt.optim.core.bounds import NON_NEGATIVE, numbers
 from graphopt.optim.core.context import Context, Number, Settings
 from graphopt.optim.core.module import Rule
 
@@ -20,7 +20,7 @@ class LR(Rule):
         lr: a number, a tensor of shape (), or a function of the number of steps made before.
     """
 
-    bounds = {"lr": NON_NEGATIVE}
+    bounds = numbers(lr=NON_NEGATIVE)
     is_learning_rate = True
 
     def __init__(self, lr: Number = 1.0) -> None:

@@ -13,7 +13,7 @@ from graphopt.optim.core.flat.program import Program
 
 aten = torch.ops.aten
 
-_FOREACH = {
+_FOREACH: dict[Any, Callable[..., Any]] = {
     aten.add.Tensor: torch._foreach_add,
     aten.add.Scalar: torch._foreach_add,
     aten.sub.Tensor: torch._foreach_sub,
@@ -32,7 +32,7 @@ _FOREACH = {
     aten.exp.default: torch._foreach_exp,
     aten.reciprocal.default: torch._foreach_reciprocal,
 }
-_WITH_NUMBER = {
+_WITH_NUMBER: dict[Any, Callable[..., Any]] = {
     aten.maximum.default: torch._foreach_clamp_min,
     aten.minimum.default: torch._foreach_clamp_max,
 }

@@ -278,10 +278,8 @@ class FlatSegment:
         kernel = _long_kernel(made, run.kind.device)
         for unit, tensors in zip(run.units, elements, strict=True):
             numel = var.params[unit.index].numel()
-            if (
-                not kernels.MIN_ELEMENTS <= numel <= kernels.MAX_ELEMENTS
-                or tensors[0].dim() != 1
-                and not made.scalars[0]
+            if not kernels.MIN_ELEMENTS <= numel <= kernels.MAX_ELEMENTS or (
+                tensors[0].dim() != 1 and not made.scalars[0]
             ):
                 _write(made, made.body(row, *tensors), tensors)
             else:
@@ -359,7 +357,7 @@ class FlatSegment:
                 numbers[index] = value.reshape(()).to(torch.float64)
         if self.capturable:
             numbers = [number.to(device) for number in numbers]
-        row = run.program.prologue(*numbers)
+        row: Tensor | None = run.program.prologue(*numbers)
         if row is None:
             row = torch.zeros(1, dtype=torch.float64)
         row = row.detach()
