@@ -413,7 +413,7 @@ def compile_kernel(
         _trusted_cpu(),
         __getattr__("tracing")(__getattr__("TracingContext")(mode)),
     ):
-        return compile_fx_inner(graph_module, list(inputs))  # type: ignore[return-value]
+        return compile_fx_inner(graph_module, list(inputs))
 
 
 @contextmanager

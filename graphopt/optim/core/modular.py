@@ -320,7 +320,8 @@ class Modular(torch.optim.Optimizer):
     def _share_counts(self, params: Sequence[Tensor]) -> None:
         capturable = self.defaults["capturable"]
         shared: dict[Any, Tensor] = {}
-        self._counts = []
+        counts = self._counts
+        counts.clear()
         for param in params:
             entry = self.state[self._owner_of(param)]
             step = entry.get("step")
@@ -330,9 +331,9 @@ class Modular(torch.optim.Optimizer):
             if key not in shared:
                 shared[key] = torch.full((), value, dtype=torch.float64, device=device)
             entry["step"] = shared[key]
-            self._counts.append(shared[key])
-        self._counted = list(params)
-        self._distinct_counts = list(shared.values())
+            counts.append(shared[key])
+        self._counted[:] = params
+        self._distinct_counts[:] = shared.values()
 
     def _run(self, var: Var) -> Var:
         for segment in self._segments:
@@ -482,7 +483,7 @@ class Modular(torch.optim.Optimizer):
         return f"a parameter of shape {tuple(owner.shape)}"
 
     def _forget_plans(self) -> None:
-        self._counted = []
+        self._counted.clear()
         for segment in self._segments:
             if isinstance(segment, FlatSegment):
                 segment.forget()
