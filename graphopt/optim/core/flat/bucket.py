@@ -33,17 +33,16 @@ class Bucket:
         for number in num_rows:
             starts.append(starts[-1] + number * ROW_WIDTH)
         self.num_rows = sum(num_rows) + spare
-        self._paddings = [number * ROW_WIDTH - length for number, length in zip(num_rows, lengths, strict=True)]
-        self._spare = spare * ROW_WIDTH
-        self._templates: dict[torch.dtype, list[Tensor]] = {}
+        self._device = device
         self._shapes = [
             (start, length, param.shape) for start, length, param in zip(starts, lengths, params, strict=False)
         ]
+        paddings = torch.tensor([number * ROW_WIDTH - length for number, length in zip(num_rows, lengths, strict=True)])
         counts = torch.tensor(num_rows)
         owner = torch.repeat_interleave(torch.arange(len(params)), counts)
         num_valid = torch.full((int(counts.sum()),), ROW_WIDTH)
         last = counts.cumsum(0) - 1
-        num_valid[last[counts > 0]] = ROW_WIDTH - torch.tensor(self._paddings)[counts > 0]
+        num_valid[last[counts > 0]] = ROW_WIDTH - paddings[counts > 0]
         self.rows = Rows(
             torch.nn.functional.pad(owner, (0, spare)).to(device),
             torch.nn.functional.pad(num_valid, (0, spare)).to(device),
@@ -51,32 +50,36 @@ class Bucket:
         )
         self.buffers: list[Tensor | None] = []
         self.views: dict[str, list[Tensor]] = {}
+        self._gathered: dict[str, tuple[Tensor, list[Tensor]]] = {}
         for name, dtype, is_scalar in zip(program.elements, program.dtypes, program.scalars, strict=True):
             if name not in states:
                 self.buffers.append(None)  # gathered at every step
-                continue
-            if is_scalar:
+            elif is_scalar:
                 buffer = torch.stack([state.reshape(()) for state in states[name]])
                 self.views[name] = list(buffer.unbind())
+                self.buffers.append(buffer)
             else:
-                buffer = self.gather(states[name], dtype)
+                buffer = self.new(dtype)
                 self.views[name] = self.split(buffer)
-            self.buffers.append(buffer)
+                torch._foreach_copy_(self.views[name], list(states[name]))
+                self.buffers.append(buffer)
 
-    def gather(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Copy one tensor of each parameter into a new buffer, (num_rows, ROW_WIDTH)."""
-        template = self._templates.get(dtype)
-        if template is None:
-            template = []
-            device = self.rows.owner.device
-            for padding in self._paddings:
-                template += [torch.zeros(0), torch.zeros(padding, dtype=dtype, device=device)]
-            template.append(torch.zeros(self._spare, dtype=dtype, device=device))
-            self._templates[dtype] = template
-        pieces = list(template)
-        pieces[:-1:2] = tensors
-        flat: Tensor = torch._C._nn.flatten_dense_tensors(pieces)
-        return flat.view(self.num_rows, ROW_WIDTH)
+    def new(self, dtype: torch.dtype) -> Tensor:
+        """A buffer of zeros, (num_rows, ROW_WIDTH)."""
+        return torch.zeros(self.num_rows, ROW_WIDTH, dtype=dtype, device=self._device)
+
+    def gather(self, name: str, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Copy one tensor of each parameter into the buffer that is kept for ``name``, (num_rows, ROW_WIDTH)."""
+        if name not in self._gathered:
+            buffer = self.new(dtype)
+            self._gathered[name] = buffer, self.split(buffer)
+        buffer, views = self._gathered[name]
+        torch._foreach_copy_(views, list(tensors))
+        return buffer
+
+    def scatter(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Copy a gathered buffer back."""
+        torch._foreach_copy_(list(tensors), self._gathered[name][1])
 
     def split(self, buffer: Tensor) -> list[Tensor]:
         """A buffer's part of each parameter, in the parameter's shape."""

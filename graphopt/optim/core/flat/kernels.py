@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Interpreter
 
 from graphopt import _compat
+from graphopt.optim.core.flat.phases import Phase, cut
 from graphopt.optim.core.flat.program import NUM_SAMPLE_ELEMENTS, Program
 from graphopt.optim.core.flat.ragged import ROW_WIDTH, Ragged, Rows
 from graphopt.optim.core.flat.tracing import FakeSizes
@@ -28,15 +29,40 @@ Kernel = Callable[[list[Tensor]], Any]
 
 def compile_long(program: Program, device: torch.device) -> Kernel:
     """A kernel for one-dimensional tensors of `MIN_ELEMENTS` to `MAX_ELEMENTS` elements."""
+    phases = cut(program)
+    calls = [_compile_phase(phase, program, device) for phase in phases]
+    if len(phases) == 1 and not phases[0].numbers:
+        (phase,), (call,) = phases, calls
+        return lambda inputs: call([inputs[0], *[inputs[1 + index] for index in phase.elements]])
+
+    def kernel(inputs: list[Tensor]) -> None:
+        row, elements = inputs[0], inputs[1:]
+        numbers: list[Tensor] = []
+        for phase, call in zip(phases, calls, strict=True):
+            numbers += call([row, *[numbers[i] for i in phase.numbers], *[elements[i] for i in phase.elements]])
+
+    return kernel
+
+
+def _compile_phase(phase: Phase, program: Program, device: torch.device) -> Kernel:
     fakes = FakeSizes(NUM_SAMPLE_ELEMENTS)
     (size,) = fakes.sizes
     with fakes.active():
-        row = _row(program, device)
+        numbers = [torch.empty((), dtype=dtype, device=device) for dtype in phase.number_dtypes]
         elements = [
-            torch.empty(() if is_scalar else (size,), dtype=dtype, device=device)
-            for dtype, is_scalar in zip(program.dtypes, program.scalars, strict=True)
+            torch.empty(() if program.scalars[index] else (size,), dtype=program.dtypes[index], device=device)
+            for index in phase.elements
         ]
-    return _compile(fakes, _writing(program, Interpreter(program.body).run), [row, *elements])
+        row = _row(program, device)
+    run, first = Interpreter(phase.graph_module).run, 1 + len(numbers)
+
+    def function(*inputs: Tensor) -> list[Tensor]:
+        outputs = list(run(*inputs))
+        for target, output in zip(phase.targets, outputs, strict=False):
+            inputs[first + target].copy_(output)
+        return outputs[len(phase.targets) :]
+
+    return _compile(fakes, function, [row, *numbers, *elements])
 
 
 def compile_rows(program: Program, device: torch.device) -> Kernel:
@@ -64,15 +90,6 @@ def compile_rows(program: Program, device: torch.device) -> Kernel:
     return _compile(fakes, run, [row, *rows, *elements])
 
 
-def _writing(program: Program, run: Callable[..., Sequence[Tensor]]) -> Callable[..., tuple[()]]:
-    def function(row: Tensor, *elements: Tensor) -> tuple[()]:
-        for target, output in zip(program.targets, run(row, *elements), strict=True):
-            elements[target].copy_(output)
-        return ()
-
-    return function
-
-
 def _row(program: Program, device: torch.device) -> Tensor:
     return torch.empty(num_derived(program), dtype=torch.float64, device=device)
 
@@ -83,7 +100,7 @@ def num_derived(program: Program) -> int:
     return 1 if output is None else len(output.args[0])
 
 
-def _compile(fakes: FakeSizes, function: Callable[..., tuple[()]], inputs: list[Tensor]) -> Kernel:
+def _compile(fakes: FakeSizes, function: Callable[..., Any], inputs: list[Tensor]) -> Kernel:
     graph_module = fakes.graph(function, inputs, _decompositions())
     return _compat.compile_kernel(graph_module, inputs, fakes.mode, _OPTIONS)
 

@@ -25,7 +25,7 @@ from graphopt.optim.flat_kernels import flatten
 Mode = Literal["auto", "loop", "foreach", "fused"]
 
 # Elements from which kernels are compiled unasked: some 1000 steps win back the seconds that compiling takes.
-COMPILE_FROM = 2**20
+COMPILE_FROM = 2**19
 # Tensors of at most so many elements share a bucket: copying them there and back costs less than calls of their own.
 _SMALL = {"cpu": 2**14, "cuda": 2**20}
 # From so many tensors on, operators are called once for all of them.
@@ -175,9 +175,19 @@ class FlatSegment:
             return self.mode
         if self.capturable:
             return "foreach"
+        if (
+            self.writes_param
+            and var.update is None
+            and torch_kernels.recognize(self.rules, self._first_settings(var), _path)
+        ):
+            return "auto-fused"  # nothing is compiled
         if sum(param.numel() for param in var.params) >= COMPILE_FROM:
             return "auto-fused"
         return "foreach" if len(var.params) >= _FOREACH_FROM else "loop"
+
+    def _first_settings(self, var: Var) -> Callable[[Rule], Settings]:
+        first = var.params[0]
+        return lambda rule: rule.get_settings(first)
 
     def _plan_kind(self, kind: Kind, indices: list[int], var: Var, mode: str) -> None:
         params = [var.params[index] for index in indices]
@@ -201,11 +211,11 @@ class FlatSegment:
                 values = rule.get_state(param, rule.get_settings(param))
                 for name, value in zip(getattr(values, "_fields", ()), values, strict=True):
                     state[f"{_path(rule)}.{name}"] = value
-        limit = _SMALL.get(kind.device.type, 0) if mode in ("kernel", "torch") else 0
-        if mode == "torch" and kind.device.type != "cpu":
-            limit = 0
+        limit = _SMALL.get(kind.device.type, 0)
+        if mode != "kernel" and kind.device.type != "cpu":
+            limit = 0  # torch's own kernels take many tensors at once there
         small = [i for i, param in enumerate(params) if param.numel() <= limit]
-        if len(small) < 2 and mode == "torch":
+        if len(small) < 2 and mode != "kernel":
             small = []
         bucket = None
         if small:
@@ -274,6 +284,8 @@ class FlatSegment:
         if run.mode == "foreach":
             if elements:
                 Foreach(made)(row, *zip(*elements, strict=True))
+            if run.bucket is not None:
+                self._run_bucket(run, var, outs, row)
             return
         kernel = _long_kernel(made, run.kind.device)
         for unit, tensors in zip(run.units, elements, strict=True):
@@ -297,14 +309,18 @@ class FlatSegment:
             if buffer is None:
                 buffer = self._gather(run, bucket, name, dtype, var, params)
             tensors.append(buffer)
-        if not made.keeps_apart:
+        is_compiled = run.mode == "kernel"
+        if made.keeps_apart:
+            if is_compiled and bucket.num_rows * ROW_WIDTH >= _COMPILE_ROWS_FROM:
+                _rows_kernel(made, run.kind.device)([row, *bucket.rows, *tensors])
+            else:
+                _write(made, Ragged(made, bucket.rows)(row, *tensors), tensors)
+        elif is_compiled:
             _long_kernel(made, run.kind.device)([row, *[tensor.view(-1) for tensor in tensors]])
-        elif bucket.num_rows * ROW_WIDTH >= _COMPILE_ROWS_FROM:
-            _rows_kernel(made, run.kind.device)([row, *bucket.rows, *tensors])
         else:
-            _write(made, Ragged(made, bucket.rows)(row, *tensors), tensors)
+            _write(made, made.body(row, *tensors), tensors)
         if PARAM in made.elements and made.elements.index(PARAM) in made.targets:
-            torch._foreach_copy_(params, bucket.split(tensors[made.elements.index(PARAM)]))
+            bucket.scatter(PARAM, params)
         if OUT in made.elements:
             for index, view in zip(run.members, bucket.split(tensors[made.elements.index(OUT)]), strict=True):
                 outs[index] = view
@@ -312,28 +328,32 @@ class FlatSegment:
     def _gather(
         self, run: _KindRun, bucket: Bucket, name: str, dtype: torch.dtype, var: Var, params: Sequence[Tensor]
     ) -> Tensor:
-        if name == PARAM:
-            return bucket.gather(params, dtype)
-        if name == GRAD:
-            return bucket.gather([var.grads[index] for index in run.members], dtype)
-        if name == UPDATE:
-            assert var.update is not None
-            return bucket.gather([var.update[index] for index in run.members], dtype)
+        grads, updates = var.grads, var.update
+        tensors: Sequence[Tensor]
         if name == OUT:
-            return torch.empty(bucket.num_rows, ROW_WIDTH, dtype=dtype, device=run.kind.device)
-        return bucket.gather([var.notes_of(index, self._reads)[name] for index in run.members], dtype)
+            return bucket.new(dtype)  # those that follow may keep it
+        if name == PARAM:
+            tensors = params
+        elif name == GRAD:
+            tensors = [grads[index] for index in run.members]
+        elif name == UPDATE:
+            assert updates is not None
+            tensors = [updates[index] for index in run.members]
+        else:
+            tensors = [var.notes_of(index, self._reads)[name] for index in run.members]
+        return bucket.gather(name, tensors, dtype)
 
     def _run_torch(self, run: _KindRun, var: Var) -> None:
         kernel = run.torch_kernel
         assert kernel is not None
-        params = [var.params[unit.index] for unit in run.units]
-        grads = [var.grads[unit.index] for unit in run.units]
+        everything, all_grads = var.params, var.grads
+        params = [everything[unit.index] for unit in run.units]
+        grads = [all_grads[unit.index] for unit in run.units]
         states = [[unit.states[name] for unit in run.units] for name in kernel.states]
-        members = [var.params[index] for index in run.members]
+        members = [everything[index] for index in run.members]
         if run.bucket is not None:
-            dtype = run.kind.param_dtype
-            params.append(run.bucket.gather(members, dtype))
-            grads.append(run.bucket.gather([var.grads[index] for index in run.members], run.kind.grad_dtype))
+            params.append(run.bucket.gather(PARAM, members, run.kind.param_dtype))
+            grads.append(run.bucket.gather(GRAD, [all_grads[index] for index in run.members], run.kind.grad_dtype))
             for name, tensors in zip(kernel.states, states, strict=True):
                 buffer = run.bucket.buffers[run.program.elements.index(name)]
                 assert buffer is not None
@@ -342,7 +362,7 @@ class FlatSegment:
         settings = {_path(rule): rule.get_settings(source) for rule in self.rules}
         kernel.run(params, grads, states, run.torch_steps, settings, run.kind.maximize)
         if run.bucket is not None:
-            torch._foreach_copy_(members, run.bucket.split(params[-1]))
+            run.bucket.scatter(PARAM, members)
 
     def _row(self, run: _KindRun, var: Var, numel: int | None = None) -> Tensor:
         """The numbers of a step, through the prologue."""
