@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,17 @@ from graphopt.errors import ClosureError, MissingAnnotation, ModuleError, NonFin
 from graphopt.optim.base_optimizer import is_count
 from graphopt.optim.core.flat.segment import COMPILE_FROM, FlatSegment, Mode, apply_updates
 from graphopt.optim.core.module import Module, Rule, as_chain, walk
-from graphopt.optim.core.naming import bind, check_group, name_modules
+from graphopt.optim.core.naming import bind, check_group, check_order, name_modules
+from graphopt.optim.core.notes import read_note
 from graphopt.optim.core.store import Store
 from graphopt.optim.core.var import Var
 
-_FLAGS = ("foreach", "capturable", "differentiable", "fused")
+if TYPE_CHECKING:
+    from graphopt.optim.core.in_backward import BackwardSteps
+
+_FLAGS = ("foreach", "capturable", "differentiable", "fused", "maximize")
 _MAX_NAMES = 10
+_LANE = ("_segments", "_counted", "_counts", "_distinct_counts", "_entries")  # what belongs to one set of parameters
 
 _MISSING = """\
 {place} needs {key} of every parameter, but {num_missing} of {num_params} with a gradient have none: {names}.
@@ -83,6 +88,7 @@ class Modular(torch.optim.Optimizer):
                 raise OptionError(
                     f"{module!r} belongs to another optimizer already; a module remembers things, so make a new one"
                 )
+        check_order(self.modules)
         self.error_if_nonfinite = error_if_nonfinite
         self._named = name_modules(self.modules)
         self._configure()
@@ -115,7 +121,12 @@ class Modular(torch.optim.Optimizer):
     @property
     def updates_each_parameter_alone(self) -> bool:
         """Whether the step of a parameter depends on that parameter alone, so that layers can be streamed."""
-        return all(isinstance(module, Rule) and not module.measures for module in walk(self.modules))
+        return not self.places_of_coupled
+
+    @property
+    def places_of_coupled(self) -> list[str]:
+        """The modules whose step of one parameter may depend on others, by their places."""
+        return [e.place for e in self._named if not isinstance(e.module, Rule) or e.module.measures]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; options that it does not name take the defaults.
@@ -164,11 +175,16 @@ class Modular(torch.optim.Optimizer):
             NonFiniteError: a gradient is NaN or infinite (see ``error_if_nonfinite``). Nothing was changed.
             UnsupportedError: a gradient is sparse. Nothing was changed.
         """
+        if self.in_backward is not None:
+            return self.in_backward.end(closure)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             return self._step(closure)
 
     @_compat.disable_dynamo  # what is compiled here is compiled by the segments
     def _step(self, closure: Callable[..., Any] | None) -> Any:
+        if closure is None and self._is_asked_for_state():
+            self._make_state()
+            return None
         loss = None
         needy = next((entry for entry in self._named if entry.module.needs_closure), None)
         if closure is None and needy is not None:
@@ -181,16 +197,66 @@ class Modular(torch.optim.Optimizer):
                 loss = closure()
         var = self._make_var(closure if needy is not None else None, loss, with_all=needy is not None)
         if var is None:
+            self._end_step()
             return loss
         self._check_step(var)
         self._run_schedules()
         self._count(var)
         hooks = self._run(var)
-        for group in self.param_groups:
-            group["num_steps"] += 1
+        self._end_step()
         for hook in hooks.post_step_hooks:
             hook(hooks)
         return hooks.loss if needy is not None else loss
+
+    @torch.no_grad()
+    @_compat.disable_dynamo
+    def step_parameter(self, param: Tensor) -> None:
+        """Step one parameter by its gradient; `fuse_into_backward` does so, and minds schedules and ``num_steps``."""
+        var = self._var_of([param], [cast(Tensor, param.grad)], None, None, with_all=False)
+        if param not in self._lanes:
+            self._lanes[param] = {**{name: [] for name in _LANE}, "_segments": list(self._cut())}
+        usual = {name: vars(self)[name] for name in _LANE}
+        vars(self).update(self._lanes[param])
+        try:
+            self._check_step(var)
+            self._count(var)
+            self._run(var)
+        finally:
+            vars(self).update(usual)
+
+    def _end_step(self) -> None:
+        for group in self.param_groups:
+            group["num_steps"] += 1
+
+    def _is_asked_for_state(self) -> bool:
+        """Whether this is the step with zero gradients and rates by which `torch.distributed.checkpoint` makes all state."""
+        if self.state or any(bool(group["lr"] != 0) for group in self.param_groups):
+            return False
+        grads = [param.grad for param in self._all_params() if param.grad is not None]
+        return bool(grads) and not any(grad.layout is torch.strided and bool(grad.abs().sum() != 0) for grad in grads)
+
+    def _make_state(self) -> None:
+        """Give every parameter the state that a step would leave, as before the first one."""
+        var = self._make_var(None, None, with_all=False)
+        if var is None:
+            return
+        rules = [module for module in self.modules if isinstance(module, Rule)]
+        is_plain = all(isinstance(module, Rule) for module in walk(self.modules))
+        if not is_plain and not any(module.needs_closure for module in walk(self.modules)):
+            before = [param.detach().clone() for param in var.params]
+            self._count(var)
+            self._run(var)
+            for param, value in zip(var.params, before, strict=True):
+                param.copy_(value)
+                self.state[self._owner_of(param)].pop("step")
+        for rule in walk(rules) if is_plain else rules:
+            for param in var.params:
+                assert isinstance(rule, Rule)
+                settings = rule.get_settings(param)
+                kind = rule.state_type(settings)
+                if kind is not None:
+                    rule.set_state(param, rule.init(param, settings))
+        self._share_counts(var.params)
 
     def check(self) -> None:
         """Raise what ``step`` would raise about gradients and statistics; without an error this does nothing."""
@@ -202,12 +268,14 @@ class Modular(torch.optim.Optimizer):
         """The parameters of this step and their gradients."""
         params: list[Tensor] = []
         grads: list[Tensor] = []
-        maximize = self.defaults["maximize"]
+        maximize = self.param_groups[0]["maximize"]
         for group in self.param_groups:
             if group["frozen"]:
                 continue
             if group["maximize"] != maximize:
-                raise OptionError("maximize differs between parameter groups; make two optimizers")
+                raise OptionError(
+                    "maximize differs between parameter groups; make two optimizers, one of them with maximize=True"
+                )
             if with_all:
                 params += [param for param in group["params"] if param.requires_grad]
             else:
@@ -220,17 +288,21 @@ class Modular(torch.optim.Optimizer):
                         if grad is not None:
                             params.append(param)
                             grads.append(grad)
-        if not params:
-            return None
+        return self._var_of(params, grads, closure, loss, with_all) if params else None
+
+    def _var_of(
+        self, params: list[Tensor], grads: list[Tensor], closure: Callable[..., Any] | None, loss: Any, with_all: bool
+    ) -> Var:
+        maximize = self.defaults["maximize"]
         if with_all and maximize:
             raise OptionError(
                 "maximize=True with modules that evaluate the closure; return the negative loss from it instead"
             )
-        if not self._is_known:
+        if not self._is_known or [len(group["params"]) for group in self.param_groups] != self._layout:
             self._learn_params()
         if self._has_complex:
             params, grads = self._as_real(params, grads, with_all)
-        var = Var(
+        return Var(
             params,
             grads=None if with_all else grads,
             closure=closure,
@@ -239,19 +311,19 @@ class Modular(torch.optim.Optimizer):
             loss=loss,
             state=self.state,
             settings=_GroupOf(self),
-            annotations=noted.get,
+            annotations=read_note,
             names=self._names,
             source_of=self._source_of,
             maximize=maximize,
         )
-        return var
 
     def _check_step(self, var: Var) -> None:
         """Raise what must be raised before anything has changed."""
         if not var.has_grads:
             return
         grads = var.grads
-        for param, grad in zip(var.params, grads, strict=True):
+        is_known = len(grads) == len(self._counted)  # the layout of a gradient does not change from step to step
+        for param, grad in () if is_known else zip(var.params, grads, strict=True):
             if grad.layout is not torch.strided:
                 raise UnsupportedError(
                     f"{self._name(param)}: its gradient is sparse ({grad.layout}), which no module reads. Build the embedding "
@@ -262,7 +334,7 @@ class Modular(torch.optim.Optimizer):
         if check is None:
             is_cheap = all(grad.device.type == "cpu" for grad in grads) and not self._is_differentiable
             check = is_cheap and sum(grad.numel() for grad in grads) <= COMPILE_FROM
-        if check:
+        if check and not _sum_is_finite(grads):  # (a sum of finite numbers may be infinite)
             bad = [
                 param
                 for param, grad in zip(var.params, grads, strict=True)
@@ -297,6 +369,9 @@ class Modular(torch.optim.Optimizer):
                             provider=key.provider,
                         )
                     )
+            if type(entry.module).check_annotations is not Module.check_annotations:
+                for index, param in enumerate(var.params):
+                    entry.module.check_annotations(param, var.notes_of(index, entry.module.reads), self._name(param))
 
     def _run_schedules(self) -> None:
         for module, _, _, keys in self._named:
@@ -311,7 +386,7 @@ class Modular(torch.optim.Optimizer):
         params = var.params
         if len(params) != len(self._counted) or not all(a is b for a, b in zip(params, self._counted, strict=True)):
             self._share_counts(params)
-        elif any(self.state[param].get("step") is not count for param, count in zip(params, self._counts, strict=True)):
+        elif any(entry.get("step") is not count for entry, count in zip(self._entries, self._counts, strict=True)):
             self._share_counts(params)
         for count in self._distinct_counts:
             count.add_(1)
@@ -322,6 +397,7 @@ class Modular(torch.optim.Optimizer):
         shared: dict[Any, Tensor] = {}
         counts = self._counts
         counts.clear()
+        self._entries.clear()
         for param in params:
             entry = self.state[self._owner_of(param)]
             step = entry.get("step")
@@ -331,6 +407,7 @@ class Modular(torch.optim.Optimizer):
             if key not in shared:
                 shared[key] = torch.full((), value, dtype=torch.float64, device=device)
             entry["step"] = shared[key]
+            self._entries.append(entry)
             counts.append(shared[key])
         self._counted[:] = params
         self._distinct_counts[:] = shared.values()
@@ -360,15 +437,18 @@ class Modular(torch.optim.Optimizer):
         """What follows from the modules."""
         self._has_lr = any("lr" in entry.keys.values() for entry in self._named)
         self._is_known = False
+        self._layout: list[int] = []  # how many parameters each group has
         self._has_complex = False
         self._names: dict[Tensor, str] = {}
         self._groups: dict[Tensor, int] = {}
         self._reals: dict[Tensor, Tensor] = {}
-        self._owners: dict[Tensor, Tensor] = {}
         self._counted: list[Tensor] = []  # the parameters of the last step, and their counts
         self._counts: list[Tensor] = []
         self._distinct_counts: list[Tensor] = []
+        self._entries: list[dict[str, Any]] = []  # their state
         self._segments: list[FlatSegment | Module] = []
+        self._lanes: dict[Tensor, dict[str, list[Any]]] = {}  # the same for parameters that step alone
+        self.in_backward: BackwardSteps | None = None
 
     def _bind(self) -> None:
         """Give the modules their places, and sort them into segments."""
@@ -379,6 +459,7 @@ class Modular(torch.optim.Optimizer):
             self._group_of,
             lambda: next(self._all_params()),
             replaces=self.defaults["differentiable"],
+            on_change=self._forget_plans,
         )
         self._store = store
         self._segments = list(self._cut())
@@ -422,6 +503,7 @@ class Modular(torch.optim.Optimizer):
     def _learn_params(self) -> None:
         """Groups and names of the parameters."""
         self._names, self._groups = {}, {}
+        self._layout = [len(group["params"]) for group in self.param_groups]
         for index, group in enumerate(self.param_groups):
             names = group.get("param_names") or [None] * len(group["params"])
             for param, name in zip(group["params"], names, strict=True):
@@ -432,7 +514,7 @@ class Modular(torch.optim.Optimizer):
         self._is_known = True
 
     def _owner_of(self, param: Tensor) -> Tensor:
-        return self._owners.get(param, param)
+        return self._store.owner(param)
 
     def _group_of(self, param: Tensor) -> dict[str, Any]:
         if not self._is_known:
@@ -442,7 +524,7 @@ class Modular(torch.optim.Optimizer):
 
     def _source_of(self, param: Tensor) -> Any:
         owner = self._owner_of(param)
-        overridden = [entry.path for entry in self._named if param in entry.module._overrides]
+        overridden = any(owner in entry.module.overridden for entry in self._named)
         return (id(owner) if overridden else -1, self._groups.get(owner, 0))
 
     def _lr_of(self, param: Tensor) -> Any:
@@ -465,11 +547,10 @@ class Modular(torch.optim.Optimizer):
             if known is None or known.data_ptr() != param.data_ptr():
                 known = torch.view_as_real(param.detach())
                 self._reals[param] = known
-                self._owners[known] = param
                 self._store.stand_in(known, param, "")
                 self._names[known] = self._names.get(param, "")
             reals.append(known)
-        return reals, [torch.view_as_real(grad) if grad.is_complex() else grad for grad in grads]
+        return reals, [torch.view_as_real(g) if g.is_complex() and g.layout is torch.strided else g for g in grads]
 
     def _name(self, param: Tensor) -> str:
         """The parameter for an error."""
@@ -484,6 +565,7 @@ class Modular(torch.optim.Optimizer):
 
     def _forget_plans(self) -> None:
         self._counted.clear()
+        self._lanes.clear()
         for segment in self._segments:
             if isinstance(segment, FlatSegment):
                 segment.forget()
@@ -496,9 +578,13 @@ class Modular(torch.optim.Optimizer):
         Raises:
             ModuleError: it was saved by another chain, or for another model. Nothing was changed.
         """
-        self._check_state_dict(state_dict)
         loaded: dict[str, Any] = {}
-        before = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
+
+        def look(_: Any, final: dict[str, Any]) -> None:
+            self._check_state_dict(final)
+            loaded.update(final)
+
+        before = self.register_load_state_dict_pre_hook(look)  # the last one: others may change what is loaded
         after = self.register_load_state_dict_post_hook(lambda _: self._restore_dtypes(loaded), prepend=True)
         try:
             super().load_state_dict(state_dict)
@@ -520,7 +606,12 @@ class Modular(torch.optim.Optimizer):
         own = self.defaults["modules"]
         for group in groups:
             theirs = group.get("modules")
-            if theirs is not None and theirs != own:
+            if theirs is None:
+                raise ModuleError(
+                    f"the state_dict was not saved by Modular: no group names its modules, but this optimizer is [{own}]. "
+                    "Load it into an optimizer of the class that saved it; nothing was changed"
+                )
+            if theirs != own:
                 pairs = zip((own + ",").split(","), (theirs + ",").split(","), strict=False)
                 place, (mine, other) = next((i, pair) for i, pair in enumerate(pairs, 1) if pair[0] != pair[1])
                 raise ModuleError(
@@ -610,3 +701,11 @@ def _check_flags(flags: Mapping[str, Any]) -> None:
         raise OptionError(
             "capturable=True and fused=True; compiled kernels take their numbers from the host. Use foreach=True"
         )
+
+
+def _sum_is_finite(grads: Sequence[Tensor]) -> bool:
+    """Whether the sum of all elements is finite; one pass and few calls where gradients are plain tensors."""
+    if any(type(grad) is not Tensor for grad in grads) or len({(grad.dtype, grad.device) for grad in grads}) > 1:
+        return all(bool(torch.isfinite(_compat.local_part(grad).sum())) for grad in grads)
+    flat: Tensor = torch._C._nn.flatten_dense_tensors(list(grads))
+    return bool(torch.isfinite(flat.sum()))

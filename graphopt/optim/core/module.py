@@ -32,11 +32,13 @@ class Module:
         bounds: for each numeric hyper-parameter the values that it may take.
         reads: the annotations that it needs.
         needs_closure: whether it evaluates the closure.
+        replaces_update: whether it ignores what the modules before it made of the gradient, so that these would be in vain.
     """
 
     bounds: ClassVar[Mapping[str, Bounds]] = MappingProxyType({})
     reads: ClassVar[tuple[Key[Any], ...]] = ()
     needs_closure: ClassVar[bool] = False
+    replaces_update: ClassVar[bool] = False
     is_learning_rate: ClassVar[bool] = False  # the last such module of a chain owns the option ``lr`` of a group
 
     def __init__(self, defaults: Mapping[str, Any] | None = None, **children: Any) -> None:
@@ -71,6 +73,15 @@ class Module:
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Raise `OptionError` if hyper-parameters contradict each other; called with all of them."""
 
+    def check_annotations(self, param: Tensor, notes: Mapping[str, Any], name: str) -> None:
+        """Raise if what `reads` names cannot be used; called in an optimizer before a step has changed anything.
+
+        Args:
+            param: a parameter.
+            notes: by name its annotations.
+            name: the parameter for an error.
+        """
+
     def reset(self) -> None:
         """Forget what was learned from earlier steps."""
         for view in self._views():
@@ -101,6 +112,7 @@ class Module:
         settings = Settings(self.defaults)
         if self._binding is not None:
             settings.update(self._binding.group_settings(param))
+            param = self._binding.store.owner(param)
         override = self._overrides.get(param)
         if override is not None:
             settings.update(override)
@@ -131,7 +143,14 @@ class Module:
         for params, settings in checked:
             for param in params:
                 self._overrides.setdefault(param, {}).update(settings)
+        if self._binding is not None:
+            self._binding.on_change()
         return self
+
+    @property
+    def overridden(self) -> Mapping[Tensor, Mapping[str, Any]]:
+        """What `set_param_groups` has chosen, by parameter."""
+        return self._overrides
 
     def descendants(self) -> Iterator[Module]:
         """The modules of the children, in order; not their own children."""
@@ -301,6 +320,7 @@ class Binding:
         keys: for each hyper-parameter the option of a group that holds it.
         groups: for each parameter its group, ``None`` where there are no groups.
         replaces: whether new state takes the place of the old instead of being copied into it.
+        on_change: called when hyper-parameters of single parameters have been chosen anew.
     """
 
     def __init__(
@@ -312,6 +332,7 @@ class Binding:
         groups: Callable[[Tensor], Mapping[str, Any]] | None,
         first_param: Callable[[], Tensor],
         replaces: bool = False,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.path = path
         self.place = place
@@ -320,6 +341,7 @@ class Binding:
         self.groups = groups
         self.first_param = first_param
         self.replaces = replaces
+        self.on_change = on_change
 
     def group_settings(self, param: Tensor) -> dict[str, Any]:
         """The hyper-parameters that the parameter's group names."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from graphopt.errors import OptionError
-from graphopt.optim.core.module import Binding, Module, walk
+from graphopt.optim.core.module import Binding, Module, Rule, walk
 from graphopt.optim.core.store import Store
 
 
@@ -73,10 +73,23 @@ def bind(
     groups: Callable[[Tensor], Mapping[str, Any]] | None,
     first_param: Callable[[], Tensor],
     replaces: bool,
+    on_change: Callable[[], None] = lambda: None,
 ) -> None:
     """Give the modules of a chain their places."""
     for module, path, place, keys in named:
-        module.bind(Binding(path, place, store, keys, groups, first_param, replaces))
+        module.bind(Binding(path, place, store, keys, groups, first_param, replaces, on_change))
+
+
+def check_order(modules: Sequence[Module]) -> None:
+    """Raise `OptionError` if a module undoes what those before it have done."""
+    places = dict(_places(modules))
+    for index, module in enumerate(modules):
+        in_vain = next((earlier for earlier in modules[:index] if isinstance(earlier, Rule)), None)
+        if module.replaces_update and in_vain is not None:
+            raise OptionError(
+                f"{places[id(module)]} makes an update of its own, so that {places[id(in_vain)]} would be in vain; put "
+                f"{type(module).__name__} first, and {type(in_vain).__name__} behind it"
+            )
 
 
 def check_group(named: Sequence[Named], group: Mapping[str, Any]) -> None:

@@ -27,6 +27,12 @@ class Store:
         """Keep what belongs to ``tensor`` in the dictionary of ``owner``, every name behind a prefix."""
         self._stand_ins[tensor] = (owner, prefix)
 
+    def owner(self, tensor: Tensor) -> Tensor:
+        """The parameter that a tensor stands for; itself if it stands for none."""
+        while tensor in self._stand_ins:
+            tensor = self._stand_ins[tensor][0]
+        return tensor
+
     def entry(self, param: Tensor) -> tuple[dict[str, Any], str]:
         """The dictionary that holds a parameter's state, and the prefix of its names there."""
         prefix = ""

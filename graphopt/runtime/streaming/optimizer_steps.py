@@ -25,6 +25,7 @@ from graphopt import _compat
 from graphopt import annotations as noted
 from graphopt.errors import OptionError, StoreError
 from graphopt.optim.base_optimizer import BaseOptimizer
+from graphopt.optim.core.modular import Modular
 from graphopt.runtime.stores import Store, StoredTensor, Visit
 from graphopt.runtime.streaming import saved_optimizers
 from graphopt.runtime.streaming.eager_steps import EagerSteps
@@ -42,6 +43,7 @@ _BY_PARAMETER = frozenset(
     if name in vars(torch.optim)
 )
 _ALONE = "updates_each_parameter_alone"
+_OF_STEP = ("params", "param_names", "num_steps")
 _streams: weakref.WeakSet[OptimizerSteps] = weakref.WeakSet()
 
 
@@ -104,7 +106,7 @@ class OptimizerSteps:
                 self._eager.finish()
             else:
                 self._stream.check()
-                if isinstance(optimizer, BaseOptimizer):
+                if isinstance(optimizer, (BaseOptimizer, Modular)):
                     optimizer.check()  # it would raise for some parameters after others were changed
                 self._update(optimizer, [slot for slot in slots if slot.param.grad is not None])
         except BaseException:
@@ -160,7 +162,12 @@ class OptimizerSteps:
     def check(self, optimizer: Optimizer) -> None:
         """Raise if an optimizer cannot make its step a few parameters at a time."""
         kind = type(optimizer)
-        if kind not in _BY_PARAMETER and getattr(kind, _ALONE, False) is not True:
+        if kind not in _BY_PARAMETER and getattr(optimizer, _ALONE, False) is not True:
+            if isinstance(optimizer, Modular):
+                raise OptionError(
+                    f"{'; '.join(optimizer.places_of_coupled)}: needs all parameters together, and a streamed model brings a "
+                    "few at a time. Leave it out of the chain, or take a module that treats each tensor by itself"
+                )
             raise OptionError(
                 f"{kind.__name__} is not known to update each parameter by itself, and a streamed model brings a few parameters "
                 f"at a time. If it does (no norm over all gradients, no line search), say so: {kind.__name__}.{_ALONE} = True"
@@ -314,16 +321,22 @@ class OptimizerSteps:
 
 @contextmanager
 def _only(optimizer: Optimizer, slots: Sequence[Slot]) -> Iterator[None]:
-    """The optimizer as if it had these parameters only."""
+    """The optimizer as if it had these parameters only.
+
+    What `Modular` keeps in its groups for each parameter, or counts there once a step, is put back, too.
+    """
     own = {id(slot.param) for slot in slots}
-    before = [group["params"] for group in optimizer.param_groups]
+    kept = [{name: group[name] for name in _OF_STEP if name in group} for group in optimizer.param_groups]
     try:
-        for group, params in zip(optimizer.param_groups, before, strict=True):
-            group["params"] = [param for param in params if id(param) in own]
+        for group, before in zip(optimizer.param_groups, kept, strict=True):
+            indices = [index for index, param in enumerate(before["params"]) if id(param) in own]
+            group["params"] = [before["params"][index] for index in indices]
+            if "param_names" in before:
+                group["param_names"] = [before["param_names"][index] for index in indices]
         yield
     finally:
-        for group, params in zip(optimizer.param_groups, before, strict=True):
-            group["params"] = params
+        for group, before in zip(optimizer.param_groups, kept, strict=True):
+            group.update(before)
 
 
 def _inner_step(optimizer: Optimizer) -> None:
