@@ -69,8 +69,8 @@ class Program:
         body: computes the outputs of ``row`` and the elements.
         reduces: whether the body has reductions.
         dtypes: of the elements.
-        scalars: for each element whether it has shape () rather than the tensor's: a number that is remembered.
-        uses_numel: whether the number of elements is among the numbers that matter.
+        scalars: for each element whether it has shape () rather than the tensor's: a number that is
+            remembered, or the number of elements.
     """
 
     numbers: tuple[str, ...]
@@ -81,12 +81,11 @@ class Program:
     reduces: bool
     dtypes: tuple[torch.dtype, ...]
     scalars: tuple[bool, ...]
-    uses_numel: bool
 
     @property
     def keeps_apart(self) -> bool:
         """Whether the result for an element depends on which others are in its tensor."""
-        return self.reduces or self.uses_numel or any(self.scalars)
+        return self.reduces or any(self.scalars)
 
 
 def signature(rules: Sequence[Rule], settings_of: Callable[[Rule], Settings]) -> tuple[Any, ...]:
@@ -140,7 +139,7 @@ class _Recipe:
     ) -> None:
         self.kind, self.rules, self.path_of = kind, rules, path_of
         self.settings = {path_of(rule): settings_of(rule) for rule in every_rule(rules)}
-        self.numbers = [STEP, NUMEL]
+        self.numbers = [STEP]
         for rule in every_rule(rules):
             path = path_of(rule)
             self.numbers += [f"{path}.{n}" for n, v in self.settings[path].items() if is_dynamic(rule, n, v)]
@@ -168,6 +167,7 @@ class _Recipe:
                     samples[f"{self.path_of(rule)}.{name}"] = tensor
             if not kind.writes_param:
                 samples[OUT] = torch.empty(size, dtype=wide, device=kind.device)
+            samples[NUMEL] = torch.empty((), dtype=torch.float64, device=kind.device)
             numbers = [torch.zeros((), dtype=torch.float64) for _ in self.numbers]
         names = list(samples)
 
@@ -200,7 +200,7 @@ class _Recipe:
                     param=wide_param,
                     grad=grad,
                     count=numbers[STEP],
-                    numel=numbers[NUMEL],
+                    numel=tensors[NUMEL],
                     operands=operands,
                     annotations={name: tensors.get(name, numbers.get(name)) for name, _ in kind.annotations},
                 )
@@ -291,7 +291,6 @@ def _split(graph_module: GraphModule, recipe: _Recipe, names: Sequence[str]) -> 
         reduces=any(_is_reduction(node) for node in body.nodes),
         dtypes=tuple(elements[index].meta["val"].dtype for index in used),
         scalars=tuple(elements[index].meta["val"].dim() == 0 for index in used),
-        uses_numel=bool(numbers[recipe.numbers.index(NUMEL)].users),
     )
 
 

@@ -74,9 +74,11 @@ class Ragged(Interpreter):
             return self._reduce(n.target, args[0])
         if not any(isinstance(arg, _PerTensor) for arg in flat):
             return super().run_node(n)
-        if any(isinstance(arg, Tensor) and arg.dim() == 2 for arg in flat):
+        elements = next((arg for arg in flat if isinstance(arg, Tensor) and arg.dim() == 2), None)
+        if elements is not None:
             return n.target(  # type: ignore[operator]
-                *[self._spread(arg) for arg in args], **{key: self._spread(arg) for key, arg in kwargs.items()}
+                *[self._spread(arg, elements.dtype) for arg in args],
+                **{key: self._spread(arg, elements.dtype) for key, arg in kwargs.items()},
             )
         plain = [arg.values if isinstance(arg, _PerTensor) else arg for arg in args]
         return _PerTensor(
@@ -85,8 +87,14 @@ class Ragged(Interpreter):
             )
         )
 
-    def _spread(self, value: Any) -> Any:
-        return value.values[self._rows.owner].unsqueeze(1) if isinstance(value, _PerTensor) else value
+    def _spread(self, value: Any, dtype: torch.dtype | None = None) -> Any:
+        """A value for each tensor as one for each row; numbers of shape () do not widen elements, so these must not either."""
+        if not isinstance(value, _PerTensor):
+            return value
+        spread = value.values[self._rows.owner].unsqueeze(1)
+        return (
+            spread.to(dtype) if dtype is not None and dtype.is_floating_point and spread.is_floating_point() else spread
+        )
 
     def _as(self, output: Any, is_scalar: bool) -> Tensor:
         num_tensors, num_rows = self._rows.numel.shape[0], self._rows.owner.shape[0]

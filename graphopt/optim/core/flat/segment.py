@@ -16,7 +16,7 @@ from graphopt.optim.core.context import Settings
 from graphopt.optim.core.flat import kernels, program, torch_kernels
 from graphopt.optim.core.flat.bucket import Bucket
 from graphopt.optim.core.flat.foreach import Foreach
-from graphopt.optim.core.flat.program import GRAD, OUT, PARAM, UPDATE, Kind, Program, every_rule, is_dynamic
+from graphopt.optim.core.flat.program import GRAD, NUMEL, OUT, PARAM, UPDATE, Kind, Program, every_rule, is_dynamic
 from graphopt.optim.core.flat.ragged import ROW_WIDTH, Ragged
 from graphopt.optim.core.module import Rule
 from graphopt.optim.core.var import Var
@@ -295,8 +295,7 @@ class FlatSegment:
             ):
                 _write(made, made.body(row, *tensors), tensors)
             else:
-                own = row if not made.uses_numel else self._row(run, var, numel)
-                kernel([own, *tensors])
+                kernel([row, *tensors])
         if run.bucket is not None:
             self._run_bucket(run, var, outs, row)
 
@@ -330,6 +329,8 @@ class FlatSegment:
     ) -> Tensor:
         grads, updates = var.grads, var.update
         tensors: Sequence[Tensor]
+        if name == NUMEL:
+            return bucket.rows.numel
         if name == OUT:
             return bucket.new(dtype)  # those that follow may keep it
         if name == PARAM:
@@ -364,10 +365,10 @@ class FlatSegment:
         if run.bucket is not None:
             run.bucket.scatter(PARAM, members)
 
-    def _row(self, run: _KindRun, var: Var, numel: int | None = None) -> Tensor:
+    def _row(self, run: _KindRun, var: Var) -> Tensor:
         """The numbers of a step, through the prologue."""
         device = run.kind.device
-        values: list[Any] = [run.count, 0.0 if numel is None else float(numel), *run.numbers]
+        values: list[Any] = [run.count, *run.numbers]
         first = run.units[0].index if run.units else run.members[0]
         values += self._note_numbers(var, first)
         host = torch.tensor([float(v) if not isinstance(v, Tensor) else 0.0 for v in values], dtype=torch.float64)
@@ -399,6 +400,8 @@ class FlatSegment:
             elif name == UPDATE:
                 assert var.update is not None
                 found.append(var.update[index])
+            elif name == NUMEL:
+                found.append(torch.tensor(float(param.numel()), dtype=dtype, device=param.device))
             elif name == OUT:
                 out = torch.empty_like(param, dtype=dtype)
                 outs[index] = out
