@@ -300,6 +300,7 @@ class Modular(torch.optim.Optimizer):
             )
         if not self._is_known or [len(group["params"]) for group in self.param_groups] != self._layout:
             self._learn_params()
+            self._forget_plans()
         if self._has_complex:
             params, grads = self._as_real(params, grads, with_all)
         return Var(
@@ -343,9 +344,13 @@ class Modular(torch.optim.Optimizer):
             if bad:
                 raise NonFiniteError(
                     f"{self.modules[0].place}: the gradient of {', '.join(map(self._name, bad[:_MAX_NAMES]))} holds NaN or "
-                    "infinities; nothing was changed. Skip the step, or find where they come from with "
+                    f"infinities; {self._progress}. Skip the step, or find where they come from with "
                     "torch.autograd.set_detect_anomaly(True); error_if_nonfinite=False lets them pass as in torch.optim"
                 )
+
+    @property
+    def _progress(self) -> str:
+        return "nothing was changed" if self.in_backward is None else self.in_backward.progress
 
     def _check_annotations(self, var: Var) -> None:
         for entry in self._named:
@@ -371,7 +376,7 @@ class Modular(torch.optim.Optimizer):
                     )
             if type(entry.module).check_annotations is not Module.check_annotations:
                 for index, param in enumerate(var.params):
-                    entry.module.check_annotations(param, var.notes_of(index, entry.module.reads), self._name(param))
+                    entry.module.check_annotations(param, var.notes_of(index, entry.module.reads), self._name)
 
     def _run_schedules(self) -> None:
         for module, _, _, keys in self._named:

@@ -73,13 +73,13 @@ class Module:
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Raise `OptionError` if hyper-parameters contradict each other; called with all of them."""
 
-    def check_annotations(self, param: Tensor, notes: Mapping[str, Any], name: str) -> None:
+    def check_annotations(self, param: Tensor, notes: Mapping[str, Any], name_of: Callable[[Tensor], str]) -> None:
         """Raise if what `reads` names cannot be used; called in an optimizer before a step has changed anything.
 
         Args:
             param: a parameter.
             notes: by name its annotations.
-            name: the parameter for an error.
+            name_of: names a parameter for an error.
         """
 
     def reset(self) -> None:
@@ -271,6 +271,9 @@ class Rule(Module):
             context.operands = {name: tensors[index] for name, tensors in operands.items()}
             context.measured = measured
             settings = self.get_settings(param)
+            for name in self.bounds:
+                if isinstance(value := settings.get(name), Tensor) and value.dim():
+                    settings[name] = value.reshape(())  # one of shape (1,) would give a shape to what has none
             new, state = self.update(update, self.get_state(param, settings), settings, context)
             self.set_state(param, state)
             news.append(new)
