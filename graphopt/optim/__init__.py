@@ -2,6 +2,7 @@
 
 from graphopt.optim import m as m
 from graphopt.optim.clip_grad import clip_grad_norm_ as clip_grad_norm_
+from graphopt.optim.core.in_backward import fuse_into_backward as fuse_into_backward
 from graphopt.optim.core.modular import Modular as Modular
 from graphopt.optim.core.module import Module as Module
 from graphopt.optim.core.module import Rule as Rule

@@ -42,6 +42,7 @@ class Module:
     is_learning_rate: ClassVar[bool] = False  # the last such module of a chain owns the option ``lr`` of a group
 
     def __init__(self, defaults: Mapping[str, Any] | None = None, **children: Any) -> None:
+        self._binding: Binding | None = None
         self.defaults: dict[str, Any] = {}
         self.schedules: dict[str, Callable[[Any], Any]] = {}
         for name, value in (defaults or {}).items():
@@ -54,7 +55,6 @@ class Module:
             name: as_chain(child, f"{type(self).__name__}({name}=...)") for name, child in children.items()
         }
         self._overrides: dict[Tensor, dict[str, Any]] = {}
-        self._binding: Binding | None = None
         self.check_settings(self.defaults)
 
     # ------------------------------------------------------------------------------------------------- to be overridden

@@ -1,0 +1,1 @@
+"""Modules that average squares of per-sample gradients: `graphopt.annotations.SUM_GRAD_SQUARED`."""
