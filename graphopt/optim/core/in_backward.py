@@ -121,6 +121,10 @@ class BackwardSteps:
                 "this optimizer steps in backward, so step(closure) would come too late; write loss.backward() and then "
                 "optimizer.step(), or optimizer.in_backward.remove() first"
             )
+        if self._optimizer._is_asked_for_state():  # torch.distributed.checkpoint sets p.grad by hand
+            with torch.no_grad():
+                self._optimizer._make_state()
+            return
         left = [param for param in self._params() if param.grad is not None]
         if left:
             name = self._optimizer._name
@@ -130,8 +134,7 @@ class BackwardSteps:
                 f"since fuse_into_backward has used: {names}. Call fuse_into_backward(model, optimizer) again after "
                 "add_param_group() or requires_grad_(), and set no p.grad by hand; p.grad = None drops what is there"
             )
-        if self._moved:
-            self._end()
+        self._end()
 
     @property
     def progress(self) -> str:
@@ -149,8 +152,7 @@ class BackwardSteps:
 
     def _end(self) -> None:
         self._moved.clear()
-        for group in self._optimizer.param_groups:
-            group["num_steps"] += 1
+        self._optimizer._end_step()
 
     @_compat.disable_dynamo
     def _move(self, param: Tensor) -> None:
