@@ -145,9 +145,9 @@ class BackwardSteps:
         )
 
     def _begin(self) -> None:
-        for group in self._optimizer.param_groups:
-            if group["maximize"] != self._optimizer.defaults["maximize"]:
-                raise OptionError("maximize differs between parameter groups; make two optimizers")
+        groups = self._optimizer.param_groups
+        if any(group["maximize"] != groups[0]["maximize"] for group in groups):
+            raise OptionError("maximize differs between parameter groups; make two optimizers")
         self._optimizer._run_schedules()
 
     def _end(self) -> None:
