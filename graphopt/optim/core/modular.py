@@ -293,7 +293,7 @@ class Modular(torch.optim.Optimizer):
     def _var_of(
         self, params: list[Tensor], grads: list[Tensor], closure: Callable[..., Any] | None, loss: Any, with_all: bool
     ) -> Var:
-        maximize = self.defaults["maximize"]
+        maximize = self.param_groups[0]["maximize"]
         if with_all and maximize:
             raise OptionError(
                 "maximize=True with modules that evaluate the closure; return the negative loss from it instead"
