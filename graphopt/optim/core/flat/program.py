@@ -57,7 +57,7 @@ class Kind(NamedTuple):
     annotations: tuple[tuple[str, torch.dtype | None], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """A traced run of rules.
 

@@ -11,9 +11,9 @@ from graphopt.optim.core.bounds import DECAY, NON_NEGATIVE, numbers
 from graphopt.optim.core.flat import phases, program
 from graphopt.optim.core.flat.bucket import Bucket
 from graphopt.optim.core.flat.foreach import Foreach
+from graphopt.optim.core.flat.kind_run import path_of
 from graphopt.optim.core.flat.program import GRAD, NUMEL, PARAM, Kind
 from graphopt.optim.core.flat.ragged import Ragged
-from graphopt.optim.core.flat.segment import _path
 
 
 class TwoReductions(Rule):
@@ -64,7 +64,7 @@ def trace(modules, dtype=torch.float64):
     first = params[0]
     settings_of = lambda rule: rule.get_settings(first)  # noqa: E731
     kind = Kind(program.signature(optimizer.modules, settings_of), dtype, dtype, device, True, True, False, ())
-    return optimizer, params, program.trace(kind, optimizer.modules, settings_of, _path)
+    return optimizer, params, program.trace(kind, optimizer.modules, settings_of, path_of)
 
 
 def states_of(optimizer, params):

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from graphopt.optim import Modular, m
-from graphopt.optim.core.flat import kernels, segment
+from graphopt.optim.core.flat import kernels, kind_run
 
 README = lambda: [m.ClipValue(1.0), m.Adam(), m.NormalizeByEMA(max_ema_growth=1.1), m.WeightDecay(1e-4), m.LR(0.1)]  # noqa: E731
 SMALL = [(40, 30)] * 260 + [(7,), ()]  # together enough for a kernel of rows
-LONG = [(100, 50), (4098,), (3, 5, 7)]
+LONG = [(200, 100), (17000,), (3, 5, 7)]
 
 
 def make(shapes, dtype=torch.float64, modules=README, **flags):
@@ -33,7 +33,8 @@ def train(params, optimizer, steps=3, seed=1, scheduler=None):
 def compilations(monkeypatch):
     """Counts what is compiled from an empty table of kernels."""
     found = []
-    monkeypatch.setattr(segment, "_kernels", {})
+    kind_run.long_kernel.cache_clear()
+    kind_run.rows_kernel.cache_clear()
     original = kernels._compile
     monkeypatch.setattr(kernels, "_compile", lambda *args: found.append(args) or original(*args))
     return found
@@ -62,15 +63,15 @@ def test_nothing_is_compiled_twice(compilations):
     train(params, optimizer, 98, scheduler=scheduler)
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(params, optimizer, 1)
-    others, other = make([(5000,), (60, 90)], fused=True)
+    others, other = make([(20000,), (150, 130)], fused=True)
     train(others, other, 1)
     assert len(compilations) == num_compilations
 
 
 def test_layouts_and_dtypes():
-    params, optimizer = make([(8, 16, 8, 8), (5000,)], fused=True)
+    params, optimizer = make([(64, 32, 3, 3), (5000,)], fused=True)
     params[0].data = params[0].data.to(memory_format=torch.channels_last)
-    expected, reference = make([(8, 16, 8, 8), (5000,)], foreach=False)
+    expected, reference = make([(64, 32, 3, 3), (5000,)], foreach=False)
     train(params, optimizer)
     train(expected, reference)
     for param, want in zip(params, expected, strict=True):
@@ -107,7 +108,7 @@ def test_gradients_come_and_go():
 
 def test_groups_with_other_numbers_share_a_kernel(compilations):
     torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(5000, dtype=torch.float64)) for _ in range(3)]
+    params = [torch.nn.Parameter(torch.randn(17000, dtype=torch.float64)) for _ in range(3)]
     groups = [{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.5, "lr": 0.01}]
     optimizer = Modular(groups, *README(), fused=True)
     expected = [torch.nn.Parameter(param.detach().clone()) for param in params]
@@ -124,7 +125,7 @@ def test_a_failed_compilation_is_said_or_raised(monkeypatch):
     def fail(*_):
         raise RuntimeError("no C++ compiler")
 
-    monkeypatch.setattr(segment, "_kernels", {})
+    kind_run.long_kernel.cache_clear()
     monkeypatch.setattr(kernels, "compile_long", fail)
     params, optimizer = make([(800, 800)])
     with pytest.warns(UserWarning, match=r"runs uncompiled.*ClipValue, Adam.*no C\+\+ compiler.*foreach=True"):
