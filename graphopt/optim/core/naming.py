@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from graphopt.errors import OptionError
+from graphopt.optim.core.bounds import is_number
 from graphopt.optim.core.module import Binding, Module, Rule, walk
 from graphopt.optim.core.store import Store
 
@@ -116,16 +117,9 @@ def check_group(named: Sequence[Named], group: Mapping[str, Any]) -> None:
                 settings[name] = group[key]
                 bounds = module.bounds.get(name)
                 value = group[key]
-                if bounds is not None and value is not None and not _is_in(value, bounds):
+                if bounds is not None and value is not None and not (is_number(value) and value in bounds):
                     raise OptionError(f"{place}: {key}={value!r} in a parameter group; expected a number in {bounds}")
         module.check_settings(settings)
-
-
-def _is_in(value: Any, bounds: Any) -> bool:
-    try:
-        return value in bounds
-    except (TypeError, ValueError):
-        return False
 
 
 def _places(modules: Sequence[Module], inside: str = "") -> list[tuple[int, str]]:
