@@ -145,6 +145,49 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return local
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a DTensor as a tensor, gathered from all processes; any other tensor itself."""
+    if local_part(tensor) is tensor:
+        return tensor
+    gathered: torch.Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return gathered
+
+
+def replicated(tensor: torch.Tensor) -> torch.Tensor:
+    """A DTensor of which every process has all; any other tensor itself."""
+    if local_part(tensor) is tensor:
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    result: torch.Tensor = tensor.redistribute(mesh, [Replicate()] * mesh.ndim)  # type: ignore[attr-defined]
+    return result
+
+
+def placed_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A DTensor that is spread over processes as another one is; any other tensor itself."""
+    if local_part(tensor) is tensor or tensor.placements == other.placements:  # type: ignore[attr-defined]
+        return tensor
+    result: torch.Tensor = tensor.redistribute(other.device_mesh, other.placements)  # type: ignore[attr-defined]
+    return result
+
+
+def amax(tensor: torch.Tensor) -> torch.Tensor:
+    """The largest element. Of a DTensor the parts of some processes may be empty, at which torch's own raises."""
+    local = local_part(tensor)
+    if local is tensor:
+        return tensor.amax()
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    placements = [
+        Partial("max") if placement.is_shard() else placement
+        for placement in tensor.placements  # type: ignore[attr-defined]
+    ]
+    value = local.amax() if local.numel() else torch.full((), -torch.inf, dtype=local.dtype, device=local.device)
+    return DTensor.from_local(value, mesh, placements).redistribute(mesh, [Replicate()] * mesh.ndim)
+
+
 def is_split_for_ddp() -> bool:
     """Whether the graph that is compiled now is one of several that Dynamo's DDPOptimizer has cut a graph into."""
     context = sys.modules[__name__].TracingContext.try_get()
@@ -407,34 +450,53 @@ def compile_kernel(
 
     known = torch._inductor.list_options()
     settings = {name: value for name, value in options.items() if name in known}
-    with (
-        torch.no_grad(),
-        config.patch(settings),
-        _trusted_cpu(),
-        __getattr__("tracing")(__getattr__("TracingContext")(mode)),
-    ):
-        return compile_fx_inner(graph_module, list(inputs))
+
+    def compile_() -> Any:
+        with torch.no_grad(), config.patch(settings), __getattr__("tracing")(__getattr__("TracingContext")(mode)):
+            return compile_fx_inner(graph_module, list(inputs))
+
+    if all(tensor.device.type != "cpu" for tensor in inputs) or not _trust_cpu(True):
+        return compile_()  # type: ignore[no-any-return]
+    try:
+        return compile_()  # type: ignore[no-any-return]
+    except Exception:
+        _forget_cpu()
+        return compile_()  # type: ignore[no-any-return]
+    finally:
+        _trust_cpu(False)
 
 
-@contextmanager
-def _trusted_cpu() -> Iterator[None]:
-    """Within, Inductor takes the processor's word for its vector instructions.
+_probe: list[Callable[..., bool]] = []
 
-    With an empty cache it compiles and loads up to nine small programs first, for seven seconds on two cores (torch 2.13);
-    torch itself has asked the processor already. What is believed here is forgotten afterwards, so that models are compiled
-    as ever.
+
+def _trust_cpu(trust: bool) -> bool:
+    """Let Inductor take the processor's word for its vector instructions, unless it has asked already; or end that.
+
+    With an empty cache it compiles and loads up to nine small programs first, for seven seconds on two cores (torch 2.13). A
+    kernel that was compiled and loaded says as much as they do.
     """
-    from torch._inductor import config, cpu_vec_isa
+    from torch._inductor import cpu_vec_isa
 
-    if not hasattr(config.cpp, "vec_isa_ok") or cpu_vec_isa.valid_vec_isa_list.cache_info().currsize:
-        yield
-        return
-    with config.patch({"cpp.vec_isa_ok": True}):
-        try:
-            yield
-        finally:
-            cpu_vec_isa.valid_vec_isa_list.cache_clear()
-            for isa in cpu_vec_isa.supported_vec_isa_list:
-                clear = getattr(type(isa).__bool__, "cache_clear", None)  # of those classes that remember
-                if clear is not None:
-                    clear()
+    if trust:
+        if cpu_vec_isa.valid_vec_isa_list.cache_info().currsize:
+            return False
+        _probe.append(cpu_vec_isa.VecISA.check_build)
+        cpu_vec_isa.VecISA.check_build = lambda self, code: True  # type: ignore[method-assign]
+    elif _probe:
+        cpu_vec_isa.VecISA.check_build = _probe.pop()  # type: ignore[method-assign]
+    return True
+
+
+def _forget_cpu() -> None:
+    """The processor's word was not enough (an old compiler, say): let Inductor ask."""
+    from torch._inductor import cpu_vec_isa
+
+    _trust_cpu(False)
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    for isa in cpu_vec_isa.supported_vec_isa_list:
+        for kind in type(isa).__mro__:
+            for function in vars(kind).values():
+                if hasattr(function, "cache_clear"):
+                    function.cache_clear()
+        for name in [name for name in vars(isa) if name.endswith("_supported")]:
+            delattr(isa, name)

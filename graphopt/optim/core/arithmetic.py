@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from graphopt._compat import amax, replicated
 from graphopt.optim.core.context import Number
 
 
@@ -78,30 +79,30 @@ def choose(condition: bool | Tensor, yes: Tensor, no: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Reductions of one whole tensor, to shape ()
+# Reductions of one whole tensor, to shape (). Those of a DTensor are the same number in all processes.
 
 
 def total(tensor: Tensor) -> Tensor:
     """The sum of all elements."""
-    return tensor.sum()
+    return replicated(tensor.sum())
 
 
 def dot(left: Tensor, right: Tensor) -> Tensor:
     """The sum of products."""
-    return (left * right).sum()
+    return replicated((left * right).sum())
 
 
 def largest(tensor: Tensor) -> Tensor:
     """The largest element."""
-    return tensor.amax()
+    return amax(tensor)
 
 
 def norm(tensor: Tensor, order: float = 2.0) -> Tensor:
     """The vector norm of order 1, 2, infinity or any other positive number."""
     if order == 2:
-        return (tensor * tensor).sum().sqrt()
+        return total(tensor * tensor).sqrt()
     if order == 1:
-        return tensor.abs().sum()
+        return total(tensor.abs())
     if math.isinf(order):
-        return tensor.abs().amax()
-    return (tensor.abs() ** order).sum() ** (1 / order)
+        return largest(tensor.abs())
+    return total(tensor.abs() ** order) ** (1 / order)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
+from graphopt import _compat
 from graphopt.annotations import Key
 from graphopt.errors import ModuleError, OptionError
 from graphopt.optim.core.arithmetic import state_dtype
@@ -310,7 +311,8 @@ class Rule(Module):
             if old is None or binding.replaces:
                 view[name] = new
             elif old is not new:
-                old.copy_(new)
+                # A number that is remembered of a DTensor is the same in all processes, and an ordinary tensor.
+                old.copy_(_compat.whole(new) if type(old) is Tensor else _compat.placed_like(new, old))
 
 
 class Binding:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from graphopt import _compat
 from graphopt.optim.core.context import Settings
 from graphopt.optim.core.flat import kernels, program, torch_kernels
 from graphopt.optim.core.flat.bucket import Bucket
@@ -238,6 +239,7 @@ class FlatSegment:
 def apply_updates(params: Sequence[Tensor], updates: Sequence[Tensor]) -> None:
     """Subtract updates from parameters, rounding once."""
     for param, update in zip(params, updates, strict=True):
+        update = _compat.placed_like(update, param)
         if param.dtype == update.dtype:
             param.sub_(update)
         else:
