@@ -69,7 +69,7 @@ def test_the_table_is_complete():
         for name, value in vars(optim).items()
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and not name.startswith("_")
     }
-    assert set(MAKE) == public
+    assert set(MAKE) == public - {"Modular"}  # which is as many optimizers as there are chains: tests/optim/core
 
 
 @every_optimizer

@@ -99,6 +99,19 @@ def test_momentum_that_is_cycled(name):
     }[name]
     with pytest.raises(ValueError, match="optimizer must support momentum"):
         make(Modular(make_params([(3,)]), m.Adam(), m.LR(0.1)))
+    params = make_params([(4, 3)]), make_params([(4, 3)])
+    optimizers = SGD(params[0], 0.1, momentum=0.9), Modular(params[1], m.HeavyBall(0.9), m.LR(0.1))
+    seen = []
+    for optimizer, (p,) in zip(optimizers, params, strict=True):
+        scheduler = make(optimizer)
+        for _ in range(5):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+            scheduler.step()
+            seen.append([optimizer.param_groups[0][name] for name in ("lr", "momentum")])
+    assert seen[:5] == seen[5:]
+    assert len({momentum for _, momentum in seen}) > 3
+    assert largest_difference(*params) < 1e-13
 
 
 def test_stochastic_weight_averaging():
