@@ -110,7 +110,7 @@ def test_momentum_that_is_cycled(name):
             scheduler.step()
             seen.append([optimizer.param_groups[0][name] for name in ("lr", "momentum")])
     assert seen[:5] == seen[5:]
-    assert len({momentum for _, momentum in seen}) > 3
+    assert len({momentum for _, momentum in seen}) > 2
     assert largest_difference(*params) < 1e-13
 
 
