@@ -86,10 +86,13 @@ def _wanted(name: str) -> dict[str, object]:
 def _build(folder: Path, wanted: dict[str, object]) -> dict[str, str]:
     print(f"building the environment {folder.relative_to(ROOT)}", file=sys.stderr)
     shutil.rmtree(folder, ignore_errors=True)
-    venv.create(folder, with_pip=True)
-    python = _python(folder)
     requirements = wanted["requirements"]
     assert isinstance(requirements, list)
+    try:
+        venv.create(folder, with_pip=True)
+    except subprocess.CalledProcessError as error:  # Debian's Python has no ensurepip
+        return dict.fromkeys(requirements, f"no environment can be made here: {error}")
+    python = _python(folder)
     errors = {}
     for requirement in requirements:  # one by one: a peer that cannot be had must not take the others along
         command = [

@@ -2,12 +2,14 @@
 
 import os
 import signal
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks import environments
 from benchmarks.environments import environment
 from benchmarks.figures import paired_ratio, summary
 from benchmarks.harness import Case, Rival, Settings, run_case
@@ -151,6 +153,19 @@ def test_starts_are_fresh_processes(tmp_path):
 def test_an_unknown_environment_is_an_error():
     with pytest.raises(ValueError, match="no environment is called 'moon'"):
         environment("moon")
+
+
+def test_an_environment_that_cannot_be_made_fails_its_rivals_only(tmp_path, monkeypatch):
+    def fail(folder, with_pip):
+        raise subprocess.CalledProcessError(1, ["python", "-m", "ensurepip"])
+
+    monkeypatch.setattr(environments, "FOLDER", tmp_path)
+    monkeypatch.setattr(environments, "ROOT", tmp_path)
+    monkeypatch.setattr(environments.venv, "create", fail)
+    apart = Rival(name="b", label="B", build=sleep, options={"seconds": 0}, environment="gradinit")
+    measured = run_case(case(rival("a", sleep, seconds=0.001), apart), SETTINGS)["rivals"]
+    assert [measured[name]["status"] for name in "ab"] == ["ok", "failed"]
+    assert "no environment can be made here" in measured["b"]["environment_errors"]["gradinit==0.1.1"]
 
 
 def test_figures():
