@@ -79,7 +79,7 @@ def test_a_loss_that_is_no_tensor_is_returned_as_it_is():
     assert adamw([p]).step() is None
 
 
-@pytest.mark.parametrize("way", WAYS[:2], ids=str)
+@every_way
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_parameters_without_gradient_and_empty_ones(way, dtype):
     """Those without a gradient neither move nor get a state, and count from when they have one."""

@@ -139,9 +139,11 @@ class FlatSegment:
             return self.mode
         if self.capturable:
             return "foreach"
-        settings_of = _settings_of(var.params[0])
-        if self.writes_param and var.update is None and torch_kernels.recognize(self.rules, settings_of, path_of):
-            return "auto-fused"  # nothing is compiled
+        if self.writes_param and var.update is None:
+            kernel = torch_kernels.recognize(self.rules, _settings_of(var.params[0]), path_of)
+            kinds = {(param.device, param.dtype) for param in var.params}
+            if kernel is not None and all(torch_kernels.supports(kernel, *kind) for kind in kinds):
+                return "auto-fused"  # nothing is compiled
         if sum(param.numel() for param in var.params) >= COMPILE_FROM:
             return "auto-fused"
         return "foreach" if len(var.params) >= _FOREACH_FROM else "loop"
