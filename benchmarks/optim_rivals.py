@@ -21,18 +21,27 @@ FLOAT = 4  # bytes of a float32
 
 @dataclass(frozen=True)
 class Module:
-    """A module of a chain, by name: ``Module("ClipValue", 10)`` stands for ``m.ClipValue(10)``."""
+    """A module of a chain, by name: ``Module("ClipValue", 10)`` stands for ``m.ClipValue(10)``.
+
+    Args:
+        name: In ``graphopt.optim.m`` and in ``torchzero.m``.
+        first: Its first argument.
+        options: By keyword.
+        theirs: Likewise, for torchzero alone, where its default is another.
+    """
 
     name: str
     first: float | None = None
     options: tuple[tuple[str, Any], ...] = ()
+    theirs: tuple[tuple[str, Any], ...] = ()
 
     def make(self, library: Any) -> Any:
-        """The module itself, from ``graphopt.optim.m`` or ``torchzero.m``."""
+        """The module itself, from one of the two."""
         if not hasattr(library, self.name):
             raise LookupError(f"{library.__name__} has no module {self.name}")
         first = () if self.first is None else (self.first,)
-        return getattr(library, self.name)(*first, **dict(self.options))
+        theirs = self.theirs if library.__name__.startswith("torchzero") else ()
+        return getattr(library, self.name)(*first, **dict(self.options), **dict(theirs))
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ CHAINS = {
     ),
     "signum": Chain(
         "HeavyBall, Sign, LR (Signum)",
-        (Module("HeavyBall", options=(("ema_init", "zeros"),)), Module("Sign"), Module("LR", 1e-4)),
+        (Module("HeavyBall", theirs=(("ema_init", "zeros"),)), Module("Sign"), Module("LR", 1e-4)),
         5,  # reads p, g, b; writes p, b
     ),
     "cautious": Chain(

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import optim, optim_rivals
+from benchmarks import optim, optim_rivals, optim_tables
 from benchmarks.figures import add_figures
 from benchmarks.machine import ROOT
 from benchmarks.optim_rivals import CHAINS, Foreach, Module
@@ -211,7 +211,7 @@ def test_times_are_compared_by_the_byte_within_a_round():
             "copy": timed(20e6, 0.005, 0.01),
         },
     )
-    text = optim.conclusions({"lion-bert-11m": lion})
+    text = optim_tables.conclusions({"lion-bert-11m": lion})
     (line,) = (line for line in text.splitlines() if line.startswith("| Lion, LR |"))
     # 20 MB in 15 ms; a copy is twice as fast; the same time for 20 bytes as for 28; by hand three times as long; no torchzero
     assert line == (
@@ -221,13 +221,13 @@ def test_times_are_compared_by_the_byte_within_a_round():
 
 def test_targets_stand_beside_what_was_measured():
     adamw = record("torch-fused", "steps", **{"torch-fused": timed(28e6, 0.01), "graphopt": timed(28e6, 0.011)})
-    starts = record("a", "starts", **{"graphopt-a": ({optim.COLD: [2.0, 4.0]}, {"construction_seconds": 0.004})})
+    starts = record("a", "starts", **{"graphopt-a": ({optim_tables.COLD: [2.0, 4.0]}, {"construction_seconds": 0.004})})
     compiled = {"num_compiled": 2, "num_compiled_in_first": 1}
     scheduled = record("a", "lives", **{"graphopt-a": ({}, compiled)})
     calls = record("a", "lives", **{f"graphopt-{number}": ({}, {"num_calls": 1500}) for number in (100, 1000)})
     tiny = record("a", "steps", **{f"graphopt-{number}": timed(1, number * 1e-6) for number in (100, 1000)})
     cases = {"adamw-bert-11m": adamw, "starts": starts, "compilations": scheduled, "calls": calls, "tiny": tiny}
-    lines = optim.conclusions(cases).splitlines()
+    lines = optim_tables.conclusions(cases).splitlines()
     assert "| **graphopt** | 11.0 ms | 1.10x [1.10, 1.10] |" in lines
     assert "| **graphopt-a** | 3.0 s | 4.0 ms |" in lines
     assert "| **graphopt-a** | 2 | 1 |" in lines
@@ -241,6 +241,6 @@ def test_a_rival_that_failed_leaves_a_gap():
     adamw["rivals"]["graphopt"] |= {"status": "failed", "metrics": {}}
     starts = record("a", "starts", **{"graphopt-a": ({}, {})})
     starts["rivals"]["graphopt-a"]["status"] = "failed"
-    lines = optim.conclusions({"adamw-bert-11m": adamw, "starts": starts}).splitlines()
+    lines = optim_tables.conclusions({"adamw-bert-11m": adamw, "starts": starts}).splitlines()
     assert "| **graphopt** | failed | — |" in lines
     assert "| **graphopt-a** | failed | — |" in lines
