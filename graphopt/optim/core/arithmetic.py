@@ -7,6 +7,7 @@ tensors side by side.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -106,3 +107,27 @@ def norm(tensor: Tensor, order: float = 2.0) -> Tensor:
     if math.isinf(order):
         return largest(tensor.abs())
     return total(tensor.abs() ** order) ** (1 / order)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reductions of all tensors together, to shape () on the device of the first; for `Rule.measure`
+
+
+def total_of_all(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of all elements of all tensors."""
+    return _gather([total(tensor) for tensor in tensors]).sum()
+
+
+def dot_of_all(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Tensor:
+    """The sum of products of all elements."""
+    return _gather([dot(left, right) for left, right in zip(lefts, rights, strict=True)]).sum()
+
+
+def norm_of_all(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
+    """The norm of all tensors as one vector."""
+    norms = [norm(tensor, order) for tensor in tensors if tensor.numel() or not math.isinf(order)]
+    return norm(_gather(norms), order) if norms else tensors[0].sum()
+
+
+def _gather(numbers: Sequence[Tensor]) -> Tensor:
+    return torch.stack([number.to(numbers[0].device) for number in numbers])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,3 +51,20 @@ class Context:
     def read(self, key: Key[Any]) -> Any:
         """An annotation of the parameter; the rule must declare the key in ``reads``."""
         return self.annotations[key.name]
+
+
+@dataclass(frozen=True)
+class Everything:
+    """All tensors in one step, in the order of the parameters.
+
+    Attributes:
+        contexts: one for each tensor.
+        updates: what arrives from the module before.
+        operands: for each child of the rule what it made of the incoming updates.
+        states: the rule's `State` of each.
+    """
+
+    contexts: Sequence[Context]
+    updates: Sequence[Tensor]
+    operands: Mapping[str, Sequence[Tensor]]
+    states: Sequence[Any]

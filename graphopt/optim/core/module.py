@@ -13,7 +13,7 @@ from graphopt.annotations import Key
 from graphopt.errors import ModuleError, OptionError
 from graphopt.optim.core.arithmetic import state_dtype
 from graphopt.optim.core.bounds import Bounds, is_number
-from graphopt.optim.core.context import Context, Settings
+from graphopt.optim.core.context import Context, Everything, Settings
 from graphopt.optim.core.store import StateView, Store
 from graphopt.optim.core.var import Var
 
@@ -249,10 +249,14 @@ class Rule(Module):
         """
         return {}
 
+    def measure_all(self, everything: Everything, settings: Settings) -> Mapping[str, Tensor]:
+        """Like `measure`, for rules that need more than the updates."""
+        return self.measure(everything.updates, settings)
+
     @property
     def measures(self) -> bool:
         """Whether the rule needs all tensors together."""
-        return type(self).measure is not Rule.measure
+        return type(self).measure is not Rule.measure or type(self).measure_all is not Rule.measure_all
 
     @property
     def is_elementwise(self) -> bool:
@@ -265,21 +269,30 @@ class Rule(Module):
         """Run the rule for each tensor; children see a copy of the incoming update."""
         updates = var.get_update()
         operands = self.run_children(var) if self.children else {}
-        measured = self.measure(updates, self.get_settings(var.params[0])) if self.measures and updates else {}
+        contexts = [make_context(self, var, index) for index in range(len(updates))]
+        all_settings = [self._plain_settings(param) for param in var.params]
+        states = [self.get_state(param, settings) for param, settings in zip(var.params, all_settings, strict=True)]
+        measured: Mapping[str, Tensor] = {}
+        if self.measures and updates:
+            everything = Everything(contexts, updates, operands, states)
+            measured = self.measure_all(everything, all_settings[0])
         news: list[Tensor] = []
         for index, (param, update) in enumerate(zip(var.params, updates, strict=True)):
-            context = make_context(self, var, index)
+            context = contexts[index]
             context.operands = {name: tensors[index] for name, tensors in operands.items()}
             context.measured = measured
-            settings = self.get_settings(param)
-            for name in self.bounds:
-                if isinstance(value := settings.get(name), Tensor) and value.dim():
-                    settings[name] = value.reshape(())  # one of shape (1,) would give a shape to what has none
-            new, state = self.update(update, self.get_state(param, settings), settings, context)
+            new, state = self.update(update, states[index], all_settings[index], context)
             self.set_state(param, state)
             news.append(new)
         var.update = news
         return var
+
+    def _plain_settings(self, param: Tensor) -> Settings:
+        settings = self.get_settings(param)
+        for name in self.bounds:
+            if isinstance(value := settings.get(name), Tensor) and value.dim():
+                settings[name] = value.reshape(())  # one of shape (1,) would give a shape to what has none
+        return settings
 
     def run_children(self, var: Var) -> dict[str, list[Tensor]]:
         """What each child makes of a copy of the incoming update."""
