@@ -40,7 +40,7 @@ def mix(old: Tensor, new: Tensor, weight: Number) -> Tensor:
     """``(1 - weight) old + weight new``."""
     if isinstance(weight, Tensor):
         weight = weight.to(old.dtype)
-    return torch.lerp(old, new, weight)
+    return torch.lerp(old, new.to(old.dtype), weight)
 
 
 def average(old: Tensor, new: Tensor, decay: Number) -> Tensor:

@@ -283,7 +283,7 @@ class Rule(Module):
             context.measured = measured
             new, state = self.update(update, states[index], all_settings[index], context)
             self.set_state(param, state)
-            news.append(new)
+            news.append(new.to(update.dtype))  # of shape () it takes the dtype of numbers, float64
         var.update = news
         return var
 
@@ -321,8 +321,10 @@ class Rule(Module):
         view = binding.store.of(param, binding.path)
         for name, new in zip(state._fields, state, strict=True):
             old = view.get(name)
-            if old is None or binding.replaces:
+            if old is None:
                 view[name] = new
+            elif binding.replaces:
+                view[name] = new.to(old.dtype)
             elif old is not new:
                 # A number that is remembered of a DTensor is the same in all processes, and an ordinary tensor.
                 old.copy_(_compat.whole(new) if type(old) is Tensor else _compat.placed_like(new, old))
