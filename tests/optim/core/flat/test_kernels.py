@@ -138,3 +138,29 @@ def test_a_failed_compilation_is_said_or_raised(monkeypatch):
     with pytest.raises(RuntimeError, match=r"no C\+\+ compiler"):
         train(params, optimizer, 1)
     assert all(map(torch.equal, params, before))
+
+
+def test_the_processor_is_tried_where_its_word_is_not_enough(monkeypatch):
+    from torch._inductor import compile_fx, cpu_vec_isa
+
+    from graphopt import _compat
+    from graphopt.optim.core.flat.tracing import FakeSizes
+
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    usual, seen = cpu_vec_isa.VecISA.check_build, []
+
+    def compile_once_the_processor_was_tried(*_):
+        seen.append(cpu_vec_isa.VecISA.check_build)
+        if len(seen) == 1:
+            raise RuntimeError("the compiler does not know these instructions")
+        return "a kernel"
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", compile_once_the_processor_was_tried)
+    fakes = FakeSizes(5000)
+    with fakes.active():
+        tensor = torch.empty(fakes.sizes[0])
+    graph = fakes.graph(lambda tensor: (tensor + 1,), [tensor])
+    assert _compat.compile_kernel(graph, [tensor], fakes.mode, {}) == "a kernel"
+    assert seen[0] is not usual
+    assert seen[1] is usual
+    assert cpu_vec_isa.VecISA.check_build is usual
