@@ -26,6 +26,7 @@ class Bounds(NamedTuple):
                 return False
             if is_transformed(value) or value.device.type != "cpu":
                 return True  # nobody can look inside, or looking would wait for the device
+            value = value.detach()
         number = float(value)  # type: ignore[arg-type]
         above = number >= self.low if self.includes_low else number > self.low
         below = number <= self.high if self.includes_high else number < self.high

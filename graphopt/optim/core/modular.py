@@ -16,7 +16,7 @@ from graphopt.errors import ClosureError, MissingAnnotation, ModuleError, NonFin
 from graphopt.optim.base_optimizer import is_count
 from graphopt.optim.core.flat.segment import COMPILE_FROM, FlatSegment, Mode, apply_updates
 from graphopt.optim.core.module import Module, Rule, as_chain, walk
-from graphopt.optim.core.naming import bind, check_group, check_order, name_modules
+from graphopt.optim.core.naming import bind, check_group, check_names, check_order, name_modules
 from graphopt.optim.core.notes import read_note
 from graphopt.optim.core.store import Store
 from graphopt.optim.core.var import Var
@@ -136,6 +136,7 @@ class Modular(torch.optim.Optimizer):
         """
         given = {name: value for name, value in param_group.items() if name not in ("params", "param_names")}
         check_group(self._named, {**self.defaults, **given})
+        check_names(given, self.defaults)
         for flag in _FLAGS:
             if flag in given and given[flag] != self.defaults[flag]:
                 raise OptionError(
@@ -199,14 +200,23 @@ class Modular(torch.optim.Optimizer):
         if var is None:
             self._end_step()
             return loss
+        if needy is not None:
+            var.place, var.check = needy.place, self._check_step
         self._check_step(var)
         self._run_schedules()
         self._count(var)
-        hooks = self._run(var)
+        try:
+            hooks = self._run(var)
+        except BaseException:
+            for count in () if needy is None else self._distinct_counts:
+                count.sub_(1)
+            raise
         self._end_step()
         for hook in hooks.post_step_hooks:
             hook(hooks)
-        return hooks.loss if needy is not None else loss
+        if needy is None:
+            return loss
+        return hooks.loss_approx if hooks.loss is None else hooks.loss
 
     @torch.no_grad()
     @_compat.disable_dynamo

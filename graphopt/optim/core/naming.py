@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -90,6 +91,22 @@ def check_order(modules: Sequence[Module]) -> None:
             raise OptionError(
                 f"{places[id(module)]} makes an update of its own, so that {places[id(in_vain)]} would be in vain; put "
                 f"{type(module).__name__} first, and {type(in_vain).__name__} behind it"
+            )
+
+
+def check_names(options: Iterable[str], known: Iterable[str]) -> None:
+    """Raise `OptionError` for an option of a group that nobody reads, but whose name is almost that of one."""
+    known = sorted(known)
+    for option in options:
+        if option in known:
+            continue
+        near = [name for name in difflib.get_close_matches(option, known, cutoff=0.8) if not option.endswith(name)]
+        if option == "betas" and "beta1" in known:
+            near = ["beta1", "beta2"]
+        if near:  # (others may be notes of a scheduler, such as max_momentum)
+            raise OptionError(
+                f"no module has the option {option!r} of the parameter group; write {' and '.join(map(repr, near[:2]))}. "
+                "Modular.option_names lists all"
             )
 
 

@@ -108,7 +108,7 @@ def test_numbers_out_of_range(cls, name):
             build(cls, **{name: value})
         params = make_params(SHAPES)
         module = build(cls)
-        optimizer = Modular(params[:1], m.ClipValue(2.0), module, m.Adam())
+        optimizer = Modular(params[:1], module, m.ClipValue(2.0), m.Adam())
         (entry,) = [entry for entry in optimizer._named if entry.module is module]
         key = entry.keys[name]
         text = re.escape(f"{entry.place}: {key}={value!r} in a parameter group; expected a number in {bounds}")
@@ -127,6 +127,28 @@ def test_numbers_at_the_ends_of_their_range(cls, name):
     for end, is_in in ((bounds.low, bounds.includes_low), (bounds.high, bounds.includes_high)):
         if is_in:
             assert build(cls, **{name: end}).defaults[name] == end
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("betas", "no module has the option 'betas' of the parameter group; write 'beta1' and 'beta2'"),
+        ("weight_decays", "write 'weight_decay'"),
+        ("beta_1", "write 'beta1'"),
+        ("max_iter", None),
+        ("initial_lr", None),
+        ("name", None),
+    ],
+)
+def test_options_of_a_group_that_nobody_reads(option, text):
+    """Those that are almost the name of one are mistakes; others may be notes of somebody else, as in torch."""
+    params = make_params(SHAPES)
+    optimizer = Modular(params[:1], chain())
+    if text is None:
+        optimizer.add_param_group({"params": params[1:], option: 0.5})
+    else:
+        with pytest.raises(OptionError, match=text):
+            optimizer.add_param_group({"params": params[1:], option: 0.5})
 
 
 def test_a_hyper_parameter_that_is_not_there():

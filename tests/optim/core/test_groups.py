@@ -65,7 +65,7 @@ def construct(option, value):
 
 def test_every_option_has_a_name_and_a_row():
     optimizer = Modular(make_params(SHAPES), full_chain())
-    assert set(optimizer.option_names) == set(OTHERS)
+    assert set(optimizer.option_names) == {*OTHERS, "tensorwise"}  # which is of all parameters
     assert optimizer.option_names["adam.eps"] == "module 2 of 5, Adam"
     assert optimizer.option_names["lr"] == "module 5 of 5, LR"
 
@@ -268,6 +268,24 @@ def test_options_that_are_tensors_are_read_at_every_step(value, way):
     train(optimizer, params, [3])
     train(reference, others, [3])
     assert largest_difference(params, others) < 1e-12
+
+
+def test_a_rate_is_differentiated_through():
+    """As a tensor that requires a gradient, which is neither refused nor cut off."""
+
+    def loss_of(lr):
+        p = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True).clone()
+        p.retain_grad()
+        optimizer = Modular([p], m.Adam(), m.WeightDecay(0.1), m.LR(lr), differentiable=True)
+        for seed in range(3):
+            set_grads([p], seed)
+            optimizer.step()
+        return (p**2).sum()
+
+    lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(loss_of(lr), lr)
+    difference = (loss_of(0.1 + 1e-6) - loss_of(0.1 - 1e-6)) / 2e-6
+    assert slope.item() == pytest.approx(difference.item(), rel=1e-7)
 
 
 def test_a_users_module_sees_the_options_of_each_parameter():
