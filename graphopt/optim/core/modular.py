@@ -351,9 +351,11 @@ class Modular(torch.optim.Optimizer):
                 for param, grad in zip(var.params, grads, strict=True)
                 if not bool(torch.isfinite(_compat.local_part(grad)).all())
             ]
-            if bad:
+            # Another process may have found some; an error in one alone would let the others wait for it.
+            if _compat.sum_over_processes(torch.tensor(len(bad), device=grads[0].device), _spread(grads)) > 0:
+                names = ", ".join(map(self._name, bad[:_MAX_NAMES])) or "a parameter, in the part of another process,"
                 raise NonFiniteError(
-                    f"{self.modules[0].place}: the gradient of {', '.join(map(self._name, bad[:_MAX_NAMES]))} holds NaN or "
+                    f"{self.modules[0].place}: the gradient of {names} holds NaN or "
                     f"infinities; {self._progress}. Skip the step, or find where they come from with "
                     "torch.autograd.set_detect_anomaly(True); error_if_nonfinite=False lets them pass as in torch.optim"
                 )
@@ -617,6 +619,11 @@ class Modular(torch.optim.Optimizer):
                     self.state[param][name] = value.detach().to(device, copy=True)
 
     def _check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        if not {"state", "param_groups"} <= set(state_dict):
+            raise ModuleError(
+                f"load_state_dict() was given a dictionary with {sorted(map(str, state_dict))}, not what state_dict() returned, "
+                "which has 'state' and 'param_groups'; pass that entry of the checkpoint. Nothing was changed"
+            )
         groups = state_dict["param_groups"]
         own = self.defaults["modules"]
         for group in groups:
@@ -719,8 +726,18 @@ def _check_flags(flags: Mapping[str, Any]) -> None:
 
 
 def _sum_is_finite(grads: Sequence[Tensor]) -> bool:
-    """Whether the sum of all elements is finite; one pass and few calls where gradients are plain tensors."""
-    if any(type(grad) is not Tensor for grad in grads) or len({(grad.dtype, grad.device) for grad in grads}) > 1:
-        return all(bool(torch.isfinite(_compat.local_part(grad).sum())) for grad in grads)
-    flat: Tensor = torch._C._nn.flatten_dense_tensors(list(grads))
-    return bool(torch.isfinite(flat.sum()))
+    """Whether the sum of all elements is finite, in all processes; one pass and few calls where gradients are small."""
+    kinds = {(type(grad), grad.dtype, grad.device) for grad in grads}
+    if len(kinds) == 1 and type(grads[0]) is Tensor and sum(grad.numel() for grad in grads) <= COMPILE_FROM:
+        flat: Tensor = torch._C._nn.flatten_dense_tensors(list(grads))
+        return bool(torch.isfinite(flat.sum()))
+    sums: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        sums.setdefault(grad.device, []).append(_compat.local_part(grad).sum().to(torch.float32))
+    spread = _spread(grads)
+    return all([bool(_compat.sum_over_processes(torch.stack(some).sum(), spread).isfinite()) for some in sums.values()])
+
+
+def _spread(grads: Sequence[Tensor]) -> Tensor:
+    """One of the gradients, a DTensor if there is one."""
+    return next((grad for grad in grads if _compat.local_part(grad) is not grad), grads[0])

@@ -11,7 +11,7 @@ from torch import Tensor
 from graphopt import _compat
 from graphopt.annotations import Key
 from graphopt.errors import ModuleError, OptionError
-from graphopt.optim.core.arithmetic import state_dtype
+from graphopt.optim.core.arithmetic import state_dtype, zeros
 from graphopt.optim.core.bounds import Bounds, is_number
 from graphopt.optim.core.context import Context, Everything, Settings
 from graphopt.optim.core.store import StateView, Store
@@ -33,12 +33,14 @@ class Module:
         bounds: for each numeric hyper-parameter the values that it may take.
         reads: the annotations that it needs.
         needs_closure: whether it evaluates the closure.
+        has_own_tensors: whether its children see other tensors than the parameters, so that their state is of other shapes.
         replaces_update: whether it ignores what the modules before it made of the gradient, so that these would be in vain.
     """
 
     bounds: ClassVar[Mapping[str, Bounds]] = MappingProxyType({})
     reads: ClassVar[tuple[Key[Any], ...]] = ()
     needs_closure: ClassVar[bool] = False
+    has_own_tensors: ClassVar[bool] = False
     replaces_update: ClassVar[bool] = False
     is_learning_rate: ClassVar[bool] = False  # the last such module of a chain owns the option ``lr`` of a group
 
@@ -269,21 +271,25 @@ class Rule(Module):
         """Run the rule for each tensor; children see a copy of the incoming update."""
         updates = var.get_update()
         operands = self.run_children(var) if self.children else {}
-        contexts = [make_context(self, var, index) for index in range(len(updates))]
         all_settings = [self._plain_settings(param) for param in var.params]
         states = [self.get_state(param, settings) for param, settings in zip(var.params, all_settings, strict=True)]
+
+        def context_of(index: int) -> Context:
+            context = make_context(self, var, index)
+            context.operands = {name: tensors[index] for name, tensors in operands.items()}
+            return context
+
         measured: Mapping[str, Tensor] = {}
         if self.measures and updates:
-            everything = Everything(contexts, updates, operands, states)
-            measured = self.measure_all(everything, all_settings[0])
+            contexts = [context_of(index) for index in range(len(updates))]
+            measured = self.measure_all(Everything(contexts, updates, operands, states), all_settings[0])
         news: list[Tensor] = []
         for index, (param, update) in enumerate(zip(var.params, updates, strict=True)):
-            context = contexts[index]
-            context.operands = {name: tensors[index] for name, tensors in operands.items()}
+            context = context_of(index)  # not before: it may hold a copy of the gradient
             context.measured = measured
             new, state = self.update(update, states[index], all_settings[index], context)
             self.set_state(param, state)
-            news.append(new.to(update.dtype))  # of shape () it takes the dtype of numbers, float64
+            news.append(new)
         var.update = news
         return var
 
@@ -299,7 +305,7 @@ class Rule(Module):
         operands: dict[str, list[Tensor]] = {}
         for name, chain in self.children.items():
             branch = run_modules(chain, var.clone())
-            operands[name] = branch.get_update()
+            operands[name] = updates_for(var.params, branch)
             var.update_attrs_from_clone_(branch)
         return operands
 
@@ -437,6 +443,14 @@ def run_modules(modules: Sequence[Module], var: Var) -> Var:
         if var.stop:
             break
     return var
+
+
+def updates_for(params: Sequence[Tensor], var: Var) -> list[Tensor]:
+    """The update of each of these parameters; zeros for those that a chain left out or has moved itself."""
+    if len(var.params) == len(params) and not var.skip_update:
+        return var.get_update()
+    found = {} if var.skip_update else dict(zip(var.params, var.get_update(), strict=True))
+    return [found[param] if param in found else zeros(param) for param in params]
 
 
 def walk(modules: Sequence[Module]) -> Iterator[Module]:

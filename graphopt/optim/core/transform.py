@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.annotations import Key
 from graphopt.errors import ClosureError, MissingAnnotation, OptionError
-from graphopt.optim.core.module import Rule, as_chain, run_modules, walk
+from graphopt.optim.core.module import Rule, as_chain, run_modules, updates_for, walk
 from graphopt.optim.core.naming import Named, bind, name_modules
 from graphopt.optim.core.store import Store
 from graphopt.optim.core.var import Var
@@ -97,8 +97,9 @@ def chain(*modules: Any) -> Transform:
         device = leaves[0].device if leaves else None
         states: list[dict[str, Any]] = [{} for _ in leaves]
         with _bound(named, leaves, states):
+            inside = [id(child) for module in walk(flat) if module.has_own_tensors for child in walk([module])]
             for module in walk(flat):
-                if isinstance(module, Rule):
+                if isinstance(module, Rule) and id(module) not in inside:
                     for leaf in leaves:
                         module.get_state(leaf, module.get_settings(leaf))
         return ChainState(torch.zeros((), dtype=torch.float64, device=device), states)
@@ -126,12 +127,13 @@ def chain(*modules: Any) -> Transform:
                 annotations=_reader(step, leaves),
                 state=dict(zip(leaves, states, strict=True)),
             )
+            var.place = next((entry.place for entry in named if entry.module.needs_closure), var.place)
             var.update = [leaf.to(torch.promote_types(leaf.dtype, torch.float32)) for leaf in given]
             if any(not isinstance(module, Rule) for module in walk(flat)):
                 var.update = [leaf.clone() for leaf in var.update]
             with torch.no_grad() if closure is not None else nullcontext():
                 var = run_modules(flat, var)
-            news = var.get_update()
+            news = updates_for(leaves, var)
         return pytree.tree_unflatten(news, spec), ChainState(count, states)
 
     return Transform(init, update)

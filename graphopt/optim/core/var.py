@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from graphopt._compat import is_transformed
 from graphopt.annotations import Key
-from graphopt.errors import ClosureError, MissingAnnotation
+from graphopt.errors import ClosureError, MissingAnnotation, NonFiniteError
+from graphopt.optim.core.closures import RIGHT_CLOSURE, check_loss, number
 
 Closure = Callable[..., Any]
 """Computes the loss; called with ``backward=True`` (or nothing) it also computes gradients, with ``False`` it does not."""
@@ -25,6 +29,11 @@ class Var:
         current_step: how many steps were made before this one.
         update: what will be subtracted from the parameters, one tensor for each; ``None`` until a module asks for it.
         loss: the loss at the parameters before the step, once somebody has evaluated it.
+        loss_approx: an estimate of it, where gradients are approximated without evaluating the loss itself.
+        closure_has_graph: whether the result of ``closure(False)`` can be differentiated; not so if modules have replaced the
+            closure by one whose gradients are others.
+        place: the first module that evaluates the closure, for errors.
+        check: called with this object once gradients are known.
         state: for each parameter the dictionary of everything that is remembered of it.
         settings: for each parameter the options of its group.
         annotations: reads an annotation of a parameter.
@@ -68,6 +77,9 @@ class Var:
         self.names = names or {}
         self.source_of = source_of
         self.maximize = maximize
+        self.closure_has_graph = True
+        self.place = "step"
+        self.check: Callable[[Var], None] | None = None
         self._notes: dict[int, dict[str, Any]] = {}
         self.post_step_hooks: list[Callable[[Var], None]] = []
         self.skip_update = False
@@ -159,23 +171,54 @@ class Var:
         if self._grads is None:
             self._grads = other._grads
 
-    def evaluate(self, backward: bool = True) -> Any:
+    def replace_closure(self, closure: Closure) -> None:
+        """Let all modules that follow work on another function; gradient and update of the old one are forgotten.
+
+        The loss is kept: it is that of the user's closure.
+        """
+        self.closure = closure
+        self.closure_has_graph = False
+        self.update = self._grads = None
+
+    def evaluate(self, backward: bool = True, with_graph: bool = False) -> Any:
         """Call the closure at the present parameters.
 
         Args:
             backward: whether it computes gradients, into ``p.grad``.
+            with_graph: whether the loss can be differentiated although ``backward`` is false. Otherwise the closure runs under
+                ``torch.no_grad()`` then, without keeping activations.
 
         Returns:
             The loss.
 
         Raises:
-            ClosureError: there is no closure.
+            ClosureError: there is no closure, it takes no argument, or it returns no number.
         """
         if self.closure is None:
             raise ClosureError("this step needs a closure; call optimizer.step(closure)")
-        with torch.enable_grad():
+        with torch.set_grad_enabled(backward or with_graph):
             # Without an argument, so that closures of every other optimizer work, too.
-            return self.closure() if backward else self.closure(False)
+            loss = self.closure() if backward else self._evaluate_loss(self.closure)
+        check_loss(loss, self.place)
+        return loss
+
+    def _evaluate_loss(self, closure: Closure) -> Any:
+        try:
+            return closure(False)
+        except TypeError as error:
+            if _takes_argument(closure):
+                raise
+            raise ClosureError(
+                f"{self.place} calls closure(False) for the loss alone, but the closure takes no argument. Write\n"
+                f"{RIGHT_CLOSURE}"
+            ) from error
+        except RuntimeError as error:
+            if "does not require grad" in str(error):
+                error.add_note(
+                    f"{self.place} called closure(False), which runs under torch.no_grad(). Call backward() only if "
+                    "backward, and put what must be differentiated for the loss itself under torch.enable_grad()"
+                )
+            raise
 
     def read_grads(self) -> list[Tensor]:
         """The gradients in ``p.grad``, copied; zeros where there is none."""
@@ -186,7 +229,32 @@ class Var:
             self._grads = self.read_grads()
             return
         loss = self.evaluate(backward)
+        self.learn_start(loss, self.read_grads() if backward else None)
+
+    def learn_start(self, loss: Any, grads: Sequence[Tensor] | None) -> None:
+        """Take over the loss, and the gradients, at the parameters before the step.
+
+        Raises:
+            NonFiniteError: the loss is NaN or infinite.
+        """
+        if not (isinstance(loss, Tensor) and is_transformed(loss)) and not math.isfinite(number(loss)):
+            raise NonFiniteError(
+                f"{self.place}: the loss is {number(loss)} at the parameters before the step; nothing was changed. Start from "
+                "parameters where it is finite, or find where it comes from with torch.autograd.set_detect_anomaly(True)"
+            )
         if self.loss is None:
             self.loss = loss
-        if backward:
-            self._grads = self.read_grads()
+        if grads is not None:
+            self._grads = list(grads)
+            if self.check is not None:
+                self.check(self)
+
+
+def _takes_argument(closure: Closure) -> bool:
+    try:
+        inspect.signature(closure).bind(False)
+    except TypeError:
+        return False
+    except ValueError:  # no signature
+        return True
+    return True

@@ -1,0 +1,1 @@
+"""Gradients from values of the loss."""

@@ -1,0 +1,1 @@
+"""Other modules in another space."""

@@ -1,0 +1,1 @@
+"""Curvature from differences of gradients."""

@@ -1,0 +1,1 @@
+"""Curvature from products with the Hessian."""
