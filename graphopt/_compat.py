@@ -172,6 +172,17 @@ def placed_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return result
 
 
+def sum_over_processes(number: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The sum of a number over all processes that hold a part of a DTensor; of any other tensor there is one, this."""
+    if local_part(other) is other:
+        return number
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh = other.device_mesh  # type: ignore[attr-defined]
+    parts = DTensor.from_local(number, mesh, [Partial()] * mesh.ndim)
+    return parts.redistribute(mesh, [Replicate()] * mesh.ndim).to_local()
+
+
 def amax(tensor: torch.Tensor) -> torch.Tensor:
     """The largest element. Of a DTensor the parts of some processes may be empty, at which torch's own raises."""
     local = local_part(tensor)

@@ -122,7 +122,8 @@ def check_group(named: Sequence[Named], group: Mapping[str, Any]) -> None:
             users[name].append(entry)
     for option in group:
         entries = users.get(option, [])
-        if len(entries) > 1 and all(entry.keys[option] != option for entry in entries):
+        # (``lr`` is the group's own where no module at the end of the chain reads it: `Modular` multiplies by it)
+        if option != "lr" and len(entries) > 1 and all(entry.keys[option] != option for entry in entries):
             raise OptionError(
                 f"the group's option {option!r} belongs to {len(entries)} modules; write "
                 f"{' or '.join(repr(entry.keys[option]) for entry in entries)}"

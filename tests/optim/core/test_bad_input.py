@@ -72,7 +72,7 @@ def numeric_settings():
 
 def build(cls, **options):
     """An instance, with `LR` or a number for what has no default."""
-    given = dict(options)
+    given = {**NEEDED.get(cls.__name__, {}), **options}
     for name, parameter in inspect.signature(cls).parameters.items():
         if parameter.default is not inspect.Parameter.empty or name in given:
             continue
@@ -83,6 +83,7 @@ def build(cls, **options):
 
 
 # Arguments without a default that are neither numbers nor modules.
+NEEDED = {name: {"min": -1.0, "max": 1.0} for name in ("Clip", "ClipModules")}
 REQUIRED = {"filter": lambda param: True, "metric": "l2"}
 
 
@@ -454,6 +455,14 @@ def test_states_of_others(state_dict, text, num_steps):
     before = snapshot(params)
     train(optimizer, params, [5])
     assert not torch.equal(params[0], before[0])
+
+
+@pytest.mark.parametrize("given", [{}, {"model": {}, "optimizer": {}}])
+def test_what_is_no_state(given):
+    optimizer = Modular(make_params(SHAPES), chain())
+    text = rf"was given a dictionary with {re.escape(str(sorted(given)))}, .*'state' and 'param_groups'; pass that entry of the"
+    with Unchanged(optimizer), pytest.raises(ModuleError, match=text):
+        optimizer.load_state_dict(given)
 
 
 def test_a_state_of_another_order_of_modules():

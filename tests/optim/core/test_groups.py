@@ -148,6 +148,25 @@ def test_two_modules_of_a_class_are_numbered():
     assert "weight_decay" not in group
 
 
+def test_rates_inside_of_modules_leave_lr_to_the_group():
+    params, others = make_params(SHAPES), make_params(SHAPES)
+    optimizer = Modular([{"params": params, "lr": 0.5}], Sum(m.LR(0.1), m.LR(0.2)))
+    assert [optimizer.param_groups[0][name] for name in ("lr.lr", "lr_2.lr", "lr")] == [0.1, 0.2, 0.5]
+    train(optimizer, params)
+    train(torch.optim.SGD(others, 0.15), others)
+    assert largest_difference(params, others) < 1e-14
+
+
+class Sum(Module):
+    def __init__(self, left, right):
+        super().__init__({}, left=left, right=right)
+
+    def step(self, var):
+        branches = [chain[0].step(var.clone()) for chain in self.children.values()]
+        var.update = [a + b for a, b in zip(*[branch.get_update() for branch in branches], strict=True)]
+        return var
+
+
 def test_a_chain_without_lr_is_multiplied_by_the_groups():
     params, others = make_params(SHAPES), make_params(SHAPES)
     train(Modular([{"params": params, "lr": 0.3}], m.Adam()), params)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from graphopt.errors import NonFiniteError
 from graphopt.optim import Modular, m
 from tests.optim.training import largest_difference, make_params, set_gradients, train
 from tests.runtime import processes
@@ -99,6 +100,34 @@ def _train_fully_sharded(rank, name):
     steps(resumed, optimizers[2], mine, 2)
     assert largest_difference(plain.parameters(), _model().parameters()) > 0.01
     return largest_difference(plain.parameters(), [p.full_tensor() for p in resumed.parameters()])
+
+
+def test_gradients_that_are_not_finite(ranks):
+    """All processes raise, also those whose parts are finite: they would wait for the others."""
+    assert sorted(ranks(_refuse_nan)) == [
+        "module 1 of 2, Adam: the gradient of a parameter, in the part of another process, holds NaN or infinities; nothing",
+        "module 1 of 2, Adam: the gradient of parameter 1 of group 0, shape (5,) holds NaN or infinities; nothing",
+    ]
+
+
+def _refuse_nan(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (processes.WORLD,))
+    whole = make_params(SHAPES, torch.float32)
+    params = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in whole]
+    set_gradients(whole, 0)
+    whole[1].grad[0] = float("nan")
+    optimizer = Modular(params, m.Adam(), m.LR(0.1))
+    for p, q in zip(params, whole, strict=True):
+        p.grad = distribute_tensor(q.grad, mesh, [Shard(0)])
+    with pytest.raises(NonFiniteError) as error:
+        optimizer.step()
+    assert largest_difference(whole, [p.full_tensor() for p in params]) == 0.0
+    params[1].grad = distribute_tensor(torch.full((5,), 3e38), mesh, [Shard(0)])  # whose sum is infinite
+    optimizer.step()
+    return str(error.value).partition(" was changed")[0]
 
 
 def test_data_parallel(ranks):
