@@ -1,0 +1,1 @@
+"""Modules that send parameters, or steps, to different chains."""

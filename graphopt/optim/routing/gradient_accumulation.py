@@ -1,0 +1,96 @@
+"""Steps on the gradients of several batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import OptionError
+from graphopt.optim.core.arithmetic import zeros
+from graphopt.optim.core.module import run_modules, updates_for
+from graphopt.optim.core.var import Var
+from graphopt.optim.routing.router import Router, values_of
+
+_SUMS = ("sum", "grad_sum")
+
+
+class GradientAccumulation(Router):
+    """Gather updates, and run modules on their mean at every n-th step; parameters do not move in between.
+
+    In front, and with the rest of the chain inside, it does what one batch of n times the size would have done.
+
+    Args:
+        modules: a module, or list of modules. They count the steps that they make, and see mean gradients.
+        n: how many steps are gathered.
+        mean: divide by ``n``; ``False`` for the sum.
+
+    Raises:
+        OptionError: ``n`` is no whole number of at least 1.
+    """
+
+    counts_apart = True
+
+    def __init__(self, modules: Any, n: int, mean: bool = True) -> None:
+        super().__init__({"n": n, "mean": mean}, modules=modules)
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Refuse numbers that mean nothing."""
+        n = settings["n"]
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise OptionError(f"{self.place}: n={n!r}; expected a whole number of at least 1")
+
+    def step(self, var: Var) -> Var:
+        """Gather, and run the modules if it is time."""
+        is_gradient = var.update is None  # one sum serves for both
+        updates = var.get_update()
+        sums = self._gather(var, _SUMS[0], updates)
+        grads = sums if is_gradient else self._gather(var, _SUMS[1], var.grads)
+        routes = self.route(var)
+        factors = [self._factor(param) for param in var.params]
+        inner = var.clone(clone_update=False)
+        inner.update = [tensor * factor for tensor, factor in zip(sums, factors, strict=True)]
+        inner.grads = [tensor * factor for tensor, factor in zip(grads, factors, strict=True)]
+        results = iter(self._run(inner, [index for index, route in enumerate(routes) if route is not None]))
+        var.update = [
+            torch.zeros_like(update) if route is None else next(results)
+            for update, route in zip(updates, routes, strict=True)
+        ]
+        if not any(routes):
+            var.stop = var.skip_update = True
+        return var
+
+    def route(self, var: Var) -> list[str | None]:
+        """By the number of steps that each parameter has made."""
+        counts = values_of(self.count(var, "own_step"))
+        return [
+            "modules" if count % self.settings[param]["n"] == 0 else None
+            for param, count in zip(var.params, counts, strict=True)
+        ]
+
+    def _run(self, inner: Var, indices: Sequence[int]) -> list[Tensor]:
+        if not indices:
+            return []
+        part = inner.part(indices)
+        for param in part.params:
+            for name in _SUMS:
+                self.state[param].pop(name, None)
+        part.counts = self.count(part, "modules_step")
+        params = list(part.params)
+        return updates_for(params, run_modules(self.children["modules"], part))
+
+    def _factor(self, param: Tensor) -> float:
+        settings = self.settings[param]
+        return 1 / settings["n"] if settings["mean"] else 1.0
+
+    def _gather(self, var: Var, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+        sums = []
+        for param, tensor in zip(var.params, tensors, strict=True):
+            state = self.state[param]
+            if name not in state:
+                state[name] = zeros(param)
+            state[name] = state[name] + tensor
+            sums.append(state[name])
+        return sums
