@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from graphopt import _compat
 from graphopt.annotations import Key
@@ -285,6 +285,9 @@ class Rule(Module):
             measured = self.measure_all(Everything(contexts, updates, operands, states), all_settings[0])
         news: list[Tensor] = []
         for index, (param, update) in enumerate(zip(var.params, updates, strict=True)):
+            if update.numel() == 0:
+                news.append(update)  # it has no norm, no mean and no largest element
+                continue
             context = context_of(index)  # not before: it may hold a copy of the gradient
             context.measured = measured
             new, state = self.update(update, states[index], all_settings[index], context)
@@ -409,6 +412,8 @@ class _SettingsOf(Mapping[Tensor, Settings]):
 def make_context(module: Module, var: Var, index: int) -> Context:
     """What a rule may know of the parameter number ``index``."""
     param = var.params[index]
+    if is_grad_enabled() and param.requires_grad:
+        param = param.clone()  # what autograd saves of it must not be what the step writes to
     grad = var.grads[index]
     assert var.counts is not None
     return Context(
