@@ -8,6 +8,7 @@ from torch import nn
 
 from graphopt.errors import NonFiniteError
 from graphopt.optim import Modular, m
+from tests.optim.core.test_every_module import CLASSES, build
 from tests.optim.training import largest_difference, make_params, set_gradients, train
 from tests.runtime import processes
 
@@ -100,6 +101,43 @@ def _train_fully_sharded(rank, name):
     steps(resumed, optimizers[2], mine, 2)
     assert largest_difference(plain.parameters(), _model().parameters()) > 0.01
     return largest_difference(plain.parameters(), [p.full_tensor() for p in resumed.parameters()])
+
+
+# Modules that keep a tensor of another shape than the parameter's, of which every process would need a part.
+NOT_SPREAD = {"Averaging", "MedianAveraging", "WeightedAveraging", "BFGS", "DFP", "SR1"}
+TOLERANCE = {"Muon": 0.05, "Orthogonalize": 0.05}  # their products are in bfloat16, and add up in another order
+
+
+def test_every_module(ranks):
+    """Those without a closure or a statistic; in one call, since tensors are small and modules many."""
+    names = [name for name in CLASSES if name not in NOT_SPREAD]
+    (found, others) = ranks(_differences, names)
+    assert found == others
+    assert {name: value for name, value in found.items() if not value < TOLERANCE.get(name, 1e-12)} == {}
+    assert len(found) > 80
+
+
+def _differences(rank, names):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (processes.WORLD,))
+    found = {}
+    for name in names:
+        whole = make_params([(4, 3), (1,)])
+        sharded = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in whole]
+        optimizers = [Modular(params, build(name), m.LR(0.05)) for params in (whole, sharded)]
+        if any(entry.module.needs_closure or entry.module.reads for entry in optimizers[0]._named):
+            continue
+        for seed in range(2):
+            set_gradients(whole, seed)
+            for p, q in zip(whole, sharded, strict=True):
+                q.grad = distribute_tensor(p.grad.clone(), mesh, [Shard(0)])
+            for optimizer in optimizers:
+                optimizer.step()
+        gathered = [q.full_tensor().nan_to_num() for q in sharded]
+        found[name] = largest_difference([p.nan_to_num() for p in whole], gathered)
+    return found
 
 
 def test_gradients_that_are_not_finite(ranks):
