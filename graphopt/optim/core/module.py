@@ -288,9 +288,6 @@ class Rule(Module):
             if update.numel() == 0:
                 news.append(update)  # it has no norm, no mean and no largest element
                 continue
-            if update.numel() == 0:
-                news.append(update)  # it has no norm, no mean and no largest element
-                continue
             context = context_of(index)  # not before: it may hold a copy of the gradient
             context.measured = measured
             new, state = self.update(update, states[index], all_settings[index], context)
