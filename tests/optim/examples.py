@@ -1,0 +1,79 @@
+"""One chain for every public module: how it is called where its defaults do not suffice, and on what it runs."""
+
+import inspect
+
+from graphopt.optim import Module, m
+
+PUBLIC = {
+    name: kind
+    for name, kind in vars(m).items()
+    if inspect.isclass(kind) and issubclass(kind, Module) and name[0] != "_"
+}
+
+
+def is_matrix(p):
+    return p.dim() >= 2
+
+
+# Of modules that need arguments, and of those whose options change what is computed.
+EXAMPLES = {
+    "Add": lambda: m.Add(0.5),
+    "Adagrad": lambda: m.Adagrad(0.1, 0.5, pow=3.0),
+    "Alternate": lambda: m.Alternate(m.HeavyBall(), [m.Adam()]),
+    "Averaging": lambda: m.Averaging(2),
+    "BlockPartition": lambda: m.BlockPartition(m.Adam(), 2),
+    "Clip": lambda: m.Clip(-0.5, 0.3),
+    "ClipModules": lambda: m.ClipModules(m.HeavyBall(), -0.5, [m.Ones(), m.Mul(0.3)]),
+    "ClipNorm": lambda: m.ClipNorm(0.5),
+    "CopyMagnitude": lambda: m.CopyMagnitude(m.HeavyBall()),
+    "CopySign": lambda: m.CopySign(m.HeavyBall()),
+    "Div": lambda: m.Div(2.0),
+    "DivModules": lambda: m.DivModules(m.EMA(0.9), [m.SqrtEMASquared(0.99), m.Add(1e-8)]),
+    "Fill": lambda: m.Fill(0.1),
+    "Freeze": lambda: m.Freeze(is_matrix),
+    "GradientAccumulation": lambda: m.GradientAccumulation(m.Adam(), 2),
+    "Graft": lambda: m.Graft(m.Adam()),
+    "GraftModules": lambda: m.GraftModules(m.HeavyBall(), m.Adam()),
+    "GraftToUpdate": lambda: m.GraftToUpdate(m.Adam()),
+    "GramSchimdt": lambda: m.GramSchimdt(m.HeavyBall()),
+    "IntermoduleCautious": lambda: m.IntermoduleCautious(m.HeavyBall(), m.Adam()),
+    "Lerp": lambda: m.Lerp(m.HeavyBall(), 0.3),
+    "LerpModules": lambda: m.LerpModules(m.HeavyBall(), m.Adam(), 0.3),
+    "Masked": lambda: m.Masked(is_matrix, m.Adam()),
+    "Maximum": lambda: m.Maximum(m.HeavyBall()),
+    "MaximumModules": lambda: m.MaximumModules(m.HeavyBall(), m.Adam()),
+    "Mean": lambda: m.Mean(m.HeavyBall(), m.Adam()),
+    "Median": lambda: m.Median(m.HeavyBall(), m.Adam(), m.Sign()),
+    "MedianAveraging": lambda: m.MedianAveraging(3),
+    "Minimum": lambda: m.Minimum(m.HeavyBall()),
+    "MinimumModules": lambda: m.MinimumModules(m.HeavyBall(), m.Adam()),
+    "Mul": lambda: m.Mul(m.Adam()),
+    "Pow": lambda: m.Pow(2.0),
+    "PowModules": lambda: m.PowModules([m.HeavyBall(), m.Abs()], 2.0),
+    "Prod": lambda: m.Prod(m.HeavyBall(), m.Adam()),
+    "RCopySign": lambda: m.RCopySign(m.HeavyBall()),
+    "RDiv": lambda: m.RDiv(m.HeavyBall()),
+    "RGraft": lambda: m.RGraft(m.HeavyBall()),
+    "RMSprop": lambda: m.RMSprop(centered=True, amsgrad=True, init="update", inner=m.HeavyBall()),
+    "RPow": lambda: m.RPow(2.0),
+    "RSub": lambda: m.RSub(m.HeavyBall()),
+    "ScaleModulesByCosineSimilarity": lambda: m.ScaleModulesByCosineSimilarity(m.HeavyBall(), m.Adam()),
+    "Sqrt": lambda: [m.Abs(), m.Sqrt()],
+    "Split": lambda: m.Split(is_matrix, m.Adam(), m.HeavyBall()),
+    "Sub": lambda: m.Sub(m.HeavyBall()),
+    "SubModules": lambda: m.SubModules(m.HeavyBall(), m.Adam()),
+    "Sum": lambda: m.Sum(m.HeavyBall(), m.Adam()),
+    "Switch": lambda: m.Switch(m.HeavyBall(), m.Adam(), steps=[2]),
+    "VectorProjection": lambda: m.VectorProjection(m.Adam()),
+    "WeightedAveraging": lambda: m.WeightedAveraging([0.5, 0.3, 0.2]),
+    "WeightedMean": lambda: m.WeightedMean(m.HeavyBall(), m.Adam(), weights=[0.3, 0.7]),
+    "WeightedSum": lambda: m.WeightedSum(m.HeavyBall(), m.Adam(), weights=[0.3, 0.7]),
+    "Where": lambda: m.Where([m.Sign(), m.Maximum(0.0)], m.HeavyBall(), m.Adam()),
+}
+MATRICES_ONLY = {"Muon"}
+
+
+def make(name):
+    """The module of a name, behind others that it needs."""
+    made = EXAMPLES.get(name, PUBLIC[name])()
+    return made if isinstance(made, list) else [made]

@@ -1,0 +1,127 @@
+"""What holds for all public modules: ways of running, faces, dtypes, and odd shapes do not change the numbers."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from graphopt import annotations
+from graphopt.annotations import NUM_SAMPLES, SUM_GRAD_SQUARED
+from graphopt.optim import Modular, Rule, m
+from graphopt.optim.core.module import walk
+from graphopt.optim.core.transform import Step, apply_updates, chain
+from tests.optim.examples import EXAMPLES, MATRICES_ONLY, PUBLIC, make
+from tests.optim.training import set_gradients
+
+NUM_STEPS = 3
+NAMES = sorted(PUBLIC)
+every_module = pytest.mark.parametrize("name", NAMES)
+
+
+def test_table_is_complete():
+    """Every public module is run below, by its defaults or by an example."""
+    assert set(EXAMPLES) <= set(PUBLIC)
+    assert {name: type(make(name)[-1]) for name in NAMES} == PUBLIC
+
+
+def make_params(name, dtype=torch.float64, *, odd=False):
+    """With ``odd``, matrices that are no contiguous piece of memory, of the same values."""
+    shapes = [(4, 3), (2, 5)] if name in MATRICES_ONLY else [(4, 3), (), (0, 4), (3,), (2, 5)]
+    generator = torch.Generator().manual_seed(1)
+    params = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    if odd:
+        params = [p.t().contiguous().t() if p.dim() == 2 else p for p in params]
+        assert not params[0].is_contiguous()
+    return [nn.Parameter(p) for p in params]
+
+
+def loss_of(params):
+    return sum(((p - 0.3) ** 2 * (1.0 + i) + torch.sin(p)).sum() for i, p in enumerate(params)) + 10
+
+
+def needs_closure(modules):
+    return any(module.needs_closure for module in walk(modules))
+
+
+def run(name, params, **options):
+    """Steps of a chain in an optimizer."""
+    torch.manual_seed(0)
+    modules = make(name)
+    optimizer = Modular(params, modules, m.LR(0.01), **options)
+
+    def closure(backward=True):
+        loss = loss_of(params)
+        if backward:
+            optimizer.zero_grad()
+            loss.backward()
+        return loss
+
+    for step in range(NUM_STEPS):
+        set_gradients(params, step)
+        optimizer.step(closure if needs_closure(modules) else None)
+    return optimizer
+
+
+def run_functional(name, params):
+    """The same steps by pure functions."""
+    torch.manual_seed(0)
+    modules = make(name)
+    transform = chain(modules, m.LR(0.01))
+    params = [p.detach() for p in params]
+    state = transform.init(params)
+    for step in range(NUM_STEPS):
+        noted = [nn.Parameter(p) for p in params]
+        set_gradients(noted, step)
+        notes = {key: [annotations.get(p, key) for p in noted] for key in (SUM_GRAD_SQUARED, NUM_SAMPLES)}
+        if needs_closure(modules):
+            grads = torch.autograd.grad(loss_of(noted), noted)
+        else:
+            grads = [p.grad for p in noted]
+        before = copy.deepcopy((params, state))
+        updates, new_state = transform.update(list(grads), state, params, step=Step(loss_fn=loss_of, annotations=notes))
+        torch.testing.assert_close((params, state), before, rtol=0, atol=0)  # nothing is written to
+        params, state = apply_updates(params, updates), new_state
+    return params, state
+
+
+def assert_equal(params, others, tolerance):
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=tolerance, atol=tolerance)
+
+
+@every_module
+def test_ways_of_running_and_layouts_in_memory(name):
+    """Beside scalars and empty tensors."""
+    params = make_params(name)
+    run(name, params, foreach=False)
+    for way in ({"foreach": False}, {"foreach": True}):
+        odd = make_params(name, odd=True)
+        run(name, odd, **way)
+        assert not odd[0].is_contiguous()
+        assert_equal(params, odd, 1e-12)
+
+
+@every_module
+def test_pure_functions_are_the_optimizer_bit_for_bit(name):
+    params = make_params(name)
+    optimizer = run(name, params, foreach=False)
+    news, state = run_functional(name, make_params(name))
+    assert_equal(params, news, 0)
+    for p, entry in zip(params, state.states, strict=True):
+        stored = {key: value for key, value in optimizer.state[p].items() if key != "step"}
+        if all(isinstance(module, Rule) for module in walk(make(name))):
+            assert set(stored) == set(entry)
+            for key, value in stored.items():
+                torch.testing.assert_close(value, entry[key], rtol=0, atol=0, msg=f"{key} differs")
+
+
+@every_module
+def test_state_of_bfloat16_parameters_is_float32(name):
+    params = make_params(name, torch.bfloat16)
+    optimizer = run(name, params)
+    assert all(p.dtype == torch.bfloat16 for p in params)
+    for p in params:
+        for key, value in optimizer.state[p].items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and not key.endswith("step"):
+                assert value.dtype == torch.float32, key
