@@ -99,7 +99,7 @@ class Adafactor(Rule):
         direction = update * larger(estimate, floor * floor).rsqrt()
         length = root(context.numel)
         param = context.param.to(update.dtype)
-        size = larger(norm(param) / length, settings.eps2) * smaller(1 / root(context.count), settings.lr)
+        size = larger(norm(param) / length, settings.eps2) * smaller(context.count.rsqrt(), settings.lr)
         excess = larger(norm(direction) / length / settings.d, 1.0)
         new = direction * (size / excess)
         return new + param * (settings.lr * settings.weight_decay), state

@@ -135,7 +135,7 @@ class DualNormCorrection(Rule):
 
 def orthogonalize(tensor: Tensor, settings: Settings) -> Tensor:
     """The tensor, as a matrix of its first axis and all others, with singular values of 1."""
-    matrix = tensor.flatten(1)
+    matrix, new = tensor.flatten(1), tensor
     if settings.method == "svd":
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         least = values[:1] * (torch.finfo(matrix.dtype).eps * max(matrix.shape))
