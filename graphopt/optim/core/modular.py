@@ -126,7 +126,7 @@ class Modular(torch.optim.Optimizer):
     @property
     def places_of_coupled(self) -> list[str]:
         """The modules whose step of one parameter may depend on others, by their places."""
-        return [e.place for e in self._named if not isinstance(e.module, Rule) or e.module.measures]
+        return [entry.place for entry in self._named if not _treats_each_alone(entry.module)]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; options that it does not name take the defaults.
@@ -258,7 +258,9 @@ class Modular(torch.optim.Optimizer):
             self._run(var)
             for param, value in zip(var.params, before, strict=True):
                 param.copy_(value)
-                self.state[self._owner_of(param)].pop("step")
+                for name, entry in self.state[self._owner_of(param)].items():
+                    if is_count(name.rpartition(".")[2]) and isinstance(entry, Tensor):
+                        entry.zero_()
         for rule in walk(rules) if is_plain else rules:
             for param in var.params:
                 assert isinstance(rule, Rule)
@@ -586,6 +588,8 @@ class Modular(torch.optim.Optimizer):
         for segment in self._segments:
             if isinstance(segment, FlatSegment):
                 segment.forget()
+        for entry in self._named:
+            entry.module.forget()
 
     # ------------------------------------------------------------------------------------------------ saving and copying
 
@@ -711,6 +715,12 @@ class _GroupOf(Mapping[Tensor, dict[str, Any]]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def _treats_each_alone(module: Module) -> bool:
+    if isinstance(module, Rule) and type(module).step is Rule.step:
+        return not module.measures
+    return module.treats_each_alone
 
 
 def _check_flags(flags: Mapping[str, Any]) -> None:

@@ -34,6 +34,8 @@ class Module:
         reads: the annotations that it needs.
         needs_closure: whether it evaluates the closure.
         has_own_tensors: whether its children see other tensors than the parameters, so that their state is of other shapes.
+        treats_each_alone: whether what it does to a parameter depends on that parameter alone, apart from what its children do.
+            Rules say so by themselves.
         replaces_update: whether it ignores what the modules before it made of the gradient, so that these would be in vain.
     """
 
@@ -42,6 +44,7 @@ class Module:
     needs_closure: ClassVar[bool] = False
     has_own_tensors: ClassVar[bool] = False
     replaces_update: ClassVar[bool] = False
+    treats_each_alone: ClassVar[bool] = False
     is_learning_rate: ClassVar[bool] = False  # the last such module of a chain owns the option ``lr`` of a group
 
     def __init__(self, defaults: Mapping[str, Any] | None = None, **children: Any) -> None:
@@ -91,6 +94,9 @@ class Module:
             view.clear()
         for module in self.descendants():
             module.reset()
+
+    def forget(self) -> None:
+        """Drop what was planned for tensors of the state: they may have been replaced. Nothing that was learned is lost."""
 
     # ------------------------------------------------------------------------------------------------- for subclasses
 

@@ -25,6 +25,8 @@ class Freeze(Module):
         OptionError: the filter is none, or asks for names that the optimizer was not given.
     """
 
+    treats_each_alone = True
+
     def __init__(self, filter: Filter) -> None:
         super().__init__()
         self.selection = Selection(filter, "Freeze")

@@ -33,6 +33,8 @@ class Split(Router):
         3.0
     """
 
+    treats_each_alone = True
+
     def __init__(self, filter: Filter, true: Any = None, false: Any = None) -> None:
         name = type(self).__name__
         if true is None and false is None:

@@ -15,19 +15,27 @@ from tests.runtime.streaming.sides import CLOSE, Dropped
 CHAINS = {
     "AdamW": lambda: (m.Adam(), m.WeightDecay(0.01), m.LR(1e-3)),
     "norms": lambda: (m.ClipValue(0.5), m.NormalizeByEMA(0.9), m.WeightDecay(0.01), m.LR(1e-2)),
+    "routes": lambda: (
+        m.Freeze(lambda p: p.ndim == 1 and len(p) == 6),
+        m.Split(lambda name, p: p.ndim == 2 and "head" not in name, m.Adam(), m.HeavyBall()),
+        m.LR(1e-2),
+    ),
     "schedules": lambda: (m.Adam(beta1=lambda step: 0.9 - 0.5**step / 2), m.LR(lambda step: 1e-2 / (1 + step))),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "way"), [("AdamW", {}), ("norms", {}), ("schedules", {}), ("norms", {"foreach": True})], ids=str
+    ("name", "way"),
+    [("AdamW", {}), ("norms", {}), ("routes", {}), ("schedules", {}), ("norms", {"foreach": True})],
+    ids=str,
 )
 def test_chains(pair, name, way):
     sides = pair("transformer", store="disk")
     optimizers = []
 
     def make(params):
-        optimizers.append(Modular(params, *CHAINS[name](), **way))
+        model = sides.plain if optimizers else sides.model
+        optimizers.append(Modular(model, *CHAINS[name](), **way))
         return optimizers[-1]
 
     for _ in sides.train(make, steps=3):
