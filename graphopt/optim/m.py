@@ -6,6 +6,7 @@ from graphopt.optim.adaptive.adagrad import Adagrad as Adagrad
 from graphopt.optim.adaptive.adam import Adam as Adam
 from graphopt.optim.adaptive.adamax import Adamax as Adamax
 from graphopt.optim.adaptive.asgd import ASGD as ASGD
+from graphopt.optim.adaptive.lars import LARS as LARS
 from graphopt.optim.adaptive.lion import Lion as Lion
 from graphopt.optim.adaptive.muon import Muon as Muon
 from graphopt.optim.adaptive.nadam import NAdam as NAdam
