@@ -10,7 +10,6 @@ from torch import Tensor
 
 from graphopt.errors import OptionError
 from graphopt.optim.core.arithmetic import zeros
-from graphopt.optim.core.module import run_modules, updates_for
 from graphopt.optim.core.var import Var
 from graphopt.optim.routing.router import Router, values_of
 
@@ -77,9 +76,7 @@ class GradientAccumulation(Router):
         for param in part.params:
             for name in _SUMS:
                 self.state[param].pop(name, None)
-        part.counts = self.count(part, "modules_step")
-        params = list(part.params)
-        return updates_for(params, run_modules(self.children["modules"], part))
+        return self.run_chain("modules", part)
 
     def _factor(self, param: Tensor) -> float:
         settings = self.settings[param]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graphopt.errors import OptionError
-from graphopt.optim.core.module import Module, run_modules, updates_for
+from graphopt.optim.core.flat.segment import FlatSegment, Mode
+from graphopt.optim.core.module import Module, Rule, updates_for
 from graphopt.optim.core.var import Var
 
 Filter = Callable[..., bool] | Tensor | nn.Module | Iterable[Any]
@@ -90,6 +92,12 @@ class Router(Module):
 
     counts_apart = False  # whether each chain counts only the steps that it makes
 
+    def __init__(self, defaults: Mapping[str, Any] | None = None, **chains: Any) -> None:
+        super().__init__(defaults, **chains)
+        # By the name of the chain, and the parameter if it steps alone.
+        self._segments: dict[tuple[str, Tensor | None], list[FlatSegment | Module]] = {}
+        self._counts: dict[tuple[str, Tensor | None], list[Tensor]] = {}
+
     def route(self, var: Var) -> Sequence[str | None]:
         """For each parameter the name of its chain; ``None`` if its update passes unchanged."""
         raise NotImplementedError
@@ -98,37 +106,92 @@ class Router(Module):
         """Run each chain on its parameters."""
         updates = list(var.get_update())
         routes = self.route(var)
-        for name, modules in self.children.items():
+        for name in self.children:
             indices = [index for index, route in enumerate(routes) if route == name]
             if not indices:
                 continue
-            part = self.part(var, indices, name)
-            params = list(part.params)
-            part = run_modules(modules, part)
-            for index, update in zip(indices, updates_for(params, part), strict=True):
+            part = var.part(indices)
+            for index, update in zip(indices, self.run_chain(name, part), strict=True):
                 updates[index] = update
-            var.update_attrs_from_clone_(part)
         var.update = updates
         return var
 
-    def part(self, var: Var, indices: Sequence[int], name: str) -> Var:
-        """What a chain gets to see."""
-        part = var.part(indices)
+    def run_chain(self, name: str, part: Var) -> list[Tensor]:
+        """Run one chain.
+
+        Args:
+            name: of the chain.
+            part: the parameters that it gets to see.
+
+        Returns:
+            The update of each.
+        """
+        params = list(part.params)
         if self.counts_apart:
             part.counts = self.count(part, f"{name}_step")
-        return part
+        result = part
+        for segment in self._cut(name, part):
+            result = segment.run(result) if isinstance(segment, FlatSegment) else segment.step(result)
+            if result.stop:
+                break
+        return updates_for(params, result)
 
     def count(self, var: Var, name: str) -> list[Tensor]:
-        """Count a step for each parameter, in its state under ``name``."""
+        """Count a step for each parameter, in its state under ``name``; equal counts are one tensor, as in the optimizer."""
         assert var.counts is not None
-        counts = []
-        for param, like in zip(var.params, var.counts, strict=True):
-            state = self.state[param]
-            if name not in state:
-                state[name] = torch.zeros_like(like)
-            state[name] = state[name] + 1
-            counts.append(state[name])
-        return counts
+        states = [self.state[param] for param in var.params]
+        key = (name, var.params[0] if len(var.params) == 1 else None)
+        known = self._counts.get(key, [])
+        if len(known) != len(states) or any(s.get(name) is not k for s, k in zip(states, known, strict=True)):
+            shared: dict[tuple[float, torch.device], Tensor] = {}
+            for state, like in zip(states, var.counts, strict=True):
+                value = float(state[name]) if name in state else 0.0
+                place = (value, like.device)
+                if place not in shared:
+                    shared[place] = torch.full_like(like, value)
+                state[name] = shared[place]
+            known = self._counts[key] = [state[name] for state in states]
+        for count in {id(count): count for count in known}.values():
+            count.add_(1)
+        return list(known)
+
+    def forget(self) -> None:
+        """Drop what was planned for tensors that have been replaced."""
+        self._segments.clear()
+        self._counts.clear()
+
+    def _cut(self, name: str, part: Var) -> Sequence[FlatSegment | Module]:
+        """The chain, with runs of element-wise rules to be run as the optimizer runs its own."""
+        modules, first = self.children[name], part.params[0]
+        if part.settings is None or self._bound.store.owner(first) is not first:
+            return modules
+        mode = mode_of(part.settings[first])
+        if mode == "loop":
+            return modules
+        key = (name, first if len(part.params) == 1 else None)
+        if key not in self._segments:
+            segments: list[FlatSegment | Module] = []
+            for is_flat, group in groupby(modules, _is_flat):
+                run = list(group)
+                rules = [module for module in run if isinstance(module, Rule)]
+                capturable = part.settings[first]["capturable"]
+                segments += [FlatSegment(rules, mode, False, capturable)] if is_flat else run
+            self._segments[key] = segments
+        return self._segments[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_segments": {}, "_counts": {}}
+
+
+def mode_of(flags: Mapping[str, Any]) -> Mode:
+    """How an optimizer with these flags runs element-wise rules."""
+    if flags["differentiable"] or flags["foreach"] is False:
+        return "loop"
+    return "fused" if flags["fused"] else "foreach" if flags["foreach"] else "auto"
+
+
+def _is_flat(module: Module) -> bool:
+    return isinstance(module, Rule) and module.is_elementwise and not module.measures
 
 
 def values_of(counts: Sequence[Tensor]) -> list[int]:

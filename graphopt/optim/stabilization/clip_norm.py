@@ -122,4 +122,5 @@ class Normalize(_ByNorm):
 
     def factor(self, length: Tensor, settings: Settings) -> Tensor:
         """The quotient of norms."""
-        return choose(length > 0, length, torch.ones_like(length)).reciprocal() * settings.norm_value
+        norm_value: Number = settings.norm_value
+        return choose(length > 0, length, torch.ones_like(length)).reciprocal() * norm_value

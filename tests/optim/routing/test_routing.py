@@ -229,16 +229,17 @@ def named(params):
     return [(f"w{i}" if p.ndim >= 2 else f"b{i}", p) for i, p in enumerate(params)]
 
 
+@pytest.mark.parametrize("way", [{}, {"foreach": True}], ids=str)
 @pytest.mark.parametrize("name", CHAINS)
-def test_saved_and_loaded_and_copied(name):
+def test_saved_and_loaded_and_copied(name, way):
     """Bitwise as if nothing had happened."""
     params = make_params(SHAPES)
-    optimizer = Modular(named(params), *CHAINS[name]())
+    optimizer = Modular(named(params), *CHAINS[name](), **way)
     train(optimizer, params, range(4))
     others = make_params(SHAPES, seed=1)
     for p, q in zip(params, others, strict=True):
         q.data.copy_(p.data)
-    fresh = Modular(named(others), *CHAINS[name]())
+    fresh = Modular(named(others), *CHAINS[name](), **way)
     buffer = io.BytesIO()
     torch.save(optimizer.state_dict(), buffer)
     buffer.seek(0)
@@ -248,6 +249,42 @@ def test_saved_and_loaded_and_copied(name):
     train(fresh, others, range(4, 9))
     train(copied, copies, range(4, 9))
     assert largest_difference(params, others) == largest_difference(params, copies) == 0
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_runs_of_rules_inside_are_run_as_outside(name):
+    """All tensors at once, with one plan for all steps; after a reset, and with one gradient missing, too."""
+    results = []
+    for way in ({"foreach": False}, {"foreach": True}):
+        params = make_params(SHAPES)
+        optimizer = Modular(named(params), *CHAINS[name](), **way)
+        train(optimizer, params, range(5))
+        set_gradients(params, 5)
+        params[2].grad = None
+        optimizer.step()
+        train(optimizer, params, range(6, 10))
+        optimizer.reset()
+        train(optimizer, params, range(10, 13))
+        results.append(params)
+    assert largest_difference(*results) < 1e-12
+
+
+def test_plans_of_chains_inside_last():
+    params = make_params(SHAPES)
+    router = m.Alternate([m.Adam(), m.LR(0.1)], m.Split(is_matrix, m.HeavyBall(), m.EMA()))
+    optimizer = Modular(params, router, foreach=True)
+    train(optimizer, params, range(4))
+    plans = [
+        segment._plan
+        for r in (router, router.children["module_1"][0])
+        for s in r._segments.values()
+        for segment in s
+        if hasattr(segment, "_plan")
+    ]
+    assert len(plans) == 3
+    before = [run for plan in plans for run in plan]
+    train(optimizer, params, range(4, 8))
+    assert all(a is b for a, b in zip(before, [run for plan in plans for run in plan], strict=True))
 
 
 @pytest.mark.parametrize("name", sorted(set(CHAINS) - {"masked", "freeze"}))
