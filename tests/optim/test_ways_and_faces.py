@@ -1,6 +1,7 @@
 """What holds for all public modules: ways of running, faces, dtypes, and odd shapes do not change the numbers."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from graphopt import annotations
 from graphopt.annotations import NUM_SAMPLES, SUM_GRAD_SQUARED
+from graphopt.errors import OptionError
 from graphopt.optim import Modular, Rule, m
 from graphopt.optim.core.module import walk
 from graphopt.optim.core.transform import Step, apply_updates, chain
@@ -125,3 +127,82 @@ def test_state_of_bfloat16_parameters_is_float32(name):
         for key, value in optimizer.state[p].items():
             if isinstance(value, torch.Tensor) and value.is_floating_point() and not key.endswith("step"):
                 assert value.dtype == torch.float32, key
+
+
+IS_ROUNDED = {"Muon", "Orthogonalize"}  # products of bfloat16, in another order
+
+
+def is_pure(modules):
+    return all(isinstance(module, Rule) and not module.reads for module in walk(modules))
+
+
+def train_functional(modules, params, grads, is_ensemble=False):
+    transform = chain(modules, m.LR(0.01))
+    over = torch.vmap if is_ensemble else lambda function: function
+    state = over(transform.init)(params)
+    for step in grads:
+        updates, state = over(lambda u, s, p: transform.update(u, s, p))(step, state, params)
+        params = apply_updates(params, updates)
+    return params
+
+
+def random_tensors(name, *leading):
+    shapes = [(4, 3)] if name in MATRICES_ONLY else [(4, 3), (), (3,)]
+    generator = torch.Generator().manual_seed(0)
+    return [
+        [torch.randn((*leading, *shape), generator=generator, dtype=torch.float64) for shape in shapes]
+        for _ in range(1 + NUM_STEPS)
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if is_pure(make(name))])
+def test_ensemble_by_vmap(name):
+    """Two models whose steps are one vectorized step."""
+    params, *grads = random_tensors(name, 2)
+    together = train_functional(make(name), params, grads, is_ensemble=True)
+    for index in range(2):
+        alone = train_functional(make(name), [p[index] for p in params], [[g[index] for g in step] for step in grads])
+        assert_equal([p[index] for p in together], alone, 0.02 if name in IS_ROUNDED else 1e-12)
+
+
+def numbers_of(kind):
+    """Its numeric hyper-parameters, if it can be made without arguments."""
+    arguments = inspect.signature(kind).parameters
+    if any(a.default is a.empty and a.kind is not a.VAR_POSITIONAL for a in arguments.values()):
+        return {}
+    try:
+        made = kind()
+    except OptionError:
+        return {}
+    return {k: v for k, v in made.defaults.items() if k in kind.bounds and k in arguments and v is not None}
+
+
+WITH_NUMBERS = [name for name in NAMES if is_pure(make(name)) and numbers_of(PUBLIC[name])]
+NO_DERIVATIVE = {
+    ("AccumulateMaximum", "decay"): "it starts at infinity, of which a part has no derivative",
+    ("AccumulateMinimum", "decay"): "as the maximum",
+    ("Adafactor", "d"): "at the default of 1 the first update of a vector is exactly at the limit",
+    ("Muon", "momentum"): "bfloat16",
+}
+
+
+@pytest.mark.parametrize("name", WITH_NUMBERS)
+def test_hyper_parameters_are_tensors_that_can_be_differentiated(name):
+    kind = PUBLIC[name]
+    values = numbers_of(kind)
+    params, *grads = random_tensors(name)
+
+    def loss(settings):
+        return sum((p**3).sum() for p in train_functional([kind(**settings)], params, grads))
+
+    tensors = {key: torch.tensor(float(value), dtype=torch.float64) for key, value in values.items()}
+    torch.testing.assert_close(loss(tensors), loss(values), rtol=1e-10, atol=1e-10)
+    derivatives = torch.func.grad(loss)(tensors)
+    for key, value in values.items():
+        if (name, key) not in NO_DERIVATIVE:
+            delta = max(abs(value), 1e-3) * 1e-5
+            low = value - delta if value - delta in kind.bounds[key] else value
+            difference = (loss({**values, key: value + delta}) - loss({**values, key: low})) / (value + delta - low)
+            torch.testing.assert_close(
+                derivatives[key], difference, rtol=1e-3, atol=1e-8, msg=lambda s, k=key: f"{k}: {s}"
+            )

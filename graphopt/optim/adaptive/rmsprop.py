@@ -62,7 +62,7 @@ class RMSprop(Rule):
         debiased: divide ``v`` by ``1 - smoothing^t``.
         amsgrad: divide by the largest ``v`` so far.
         pow: the power that is averaged.
-        init: what ``v`` is in the first step: average of ``"zeros"`` and the first power, or that of the first ``"update"``.
+        init: where ``v`` starts, at ``"zeros"`` or at the power of the first ``"update"``; the average of updates at zeros.
         inner: modules that make of the update what is divided; with an average, and ``debiased``, this is nearly `Adam`.
 
     Raises:
