@@ -15,6 +15,7 @@ class _InTurn(Router):
     """Chains of which one runs at a time; each counts the steps that it makes itself."""
 
     counts_apart = True
+    treats_each_alone = True
 
     def __init__(self, modules: Sequence[Any], steps: int | Sequence[int], num_steps: int) -> None:
         name = type(self).__name__

@@ -31,6 +31,7 @@ class GradientAccumulation(Router):
     """
 
     counts_apart = True
+    treats_each_alone = True
 
     def __init__(self, modules: Any, n: int, mean: bool = True) -> None:
         super().__init__({"n": n, "mean": mean}, modules=modules)
@@ -47,18 +48,20 @@ class GradientAccumulation(Router):
         updates = var.get_update()
         sums = self._gather(var, _SUMS[0], updates)
         grads = sums if is_gradient else self._gather(var, _SUMS[1], var.grads)
-        routes = self.route(var)
-        factors = [self._factor(param) for param in var.params]
-        inner = var.clone(clone_update=False)
-        inner.update = [tensor * factor for tensor, factor in zip(sums, factors, strict=True)]
-        inner.grads = [tensor * factor for tensor, factor in zip(grads, factors, strict=True)]
-        results = iter(self._run(inner, [index for index, route in enumerate(routes) if route is not None]))
-        var.update = [
-            torch.zeros_like(update) if route is None else next(results)
-            for update, route in zip(updates, routes, strict=True)
-        ]
-        if not any(routes):
+        indices = [index for index, route in enumerate(self.route(var)) if route is not None]
+        var.update = [torch.zeros_like(update) for update in updates]
+        if not indices:
             var.stop = var.skip_update = True
+            return var
+        part = var.part(indices)
+        factors = [self._factor(param) for param in part.params]
+        part.update = list(torch._foreach_mul([sums[index] for index in indices], factors))
+        part.grads = list(torch._foreach_mul([grads[index] for index in indices], factors))
+        for param in part.params:
+            for name in _SUMS:
+                self.state[param].pop(name, None)
+        for index, update in zip(indices, self.run_chain("modules", part), strict=True):
+            var.update[index] = update
         return var
 
     def route(self, var: Var) -> list[str | None]:
@@ -69,25 +72,14 @@ class GradientAccumulation(Router):
             for param, count in zip(var.params, counts, strict=True)
         ]
 
-    def _run(self, inner: Var, indices: Sequence[int]) -> list[Tensor]:
-        if not indices:
-            return []
-        part = inner.part(indices)
-        for param in part.params:
-            for name in _SUMS:
-                self.state[param].pop(name, None)
-        return self.run_chain("modules", part)
-
     def _factor(self, param: Tensor) -> float:
         settings = self.settings[param]
         return 1 / settings["n"] if settings["mean"] else 1.0
 
     def _gather(self, var: Var, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-        sums = []
-        for param, tensor in zip(var.params, tensors, strict=True):
-            state = self.state[param]
-            if name not in state:
-                state[name] = zeros(param)
-            state[name] = state[name] + tensor
-            sums.append(state[name])
-        return sums
+        states = [self.state[param] for param in var.params]
+        olds = [s[name] if name in s else zeros(p) for s, p in zip(states, var.params, strict=True)]
+        news = list(torch._foreach_add(olds, list(tensors)))
+        for state, new in zip(states, news, strict=True):
+            state[name] = new
+        return news
