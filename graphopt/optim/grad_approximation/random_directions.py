@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,13 +44,17 @@ def draw(
     """One direction, as tensors like the parameters."""
     drawn = []
     for param in params:
-        options = {"dtype": state_dtype(param), "device": param.device, "generator": generator_of[param.device]}
+        options: dict[str, Any] = {
+            "dtype": state_dtype(param),
+            "device": param.device,
+            "generator": generator_of[param.device],
+        }
         if distribution == "uniform":
-            drawn.append((torch.rand(param.shape, **options) * 2 - 1) * 3**0.5)  # type: ignore[arg-type]
+            drawn.append((torch.rand(param.shape, **options) * 2 - 1) * 3**0.5)
         elif distribution == "rademacher":
-            drawn.append(torch.randint(0, 2, param.shape, **options) * 2 - 1)  # type: ignore[call-overload]
+            drawn.append(torch.randint(0, 2, param.shape, **options) * 2 - 1)
         else:
-            drawn.append(torch.randn(param.shape, **options))  # type: ignore[arg-type]
+            drawn.append(torch.randn(param.shape, **options))
     if distribution == "sphere":
         square = sum(float((z * z).sum()) for z in drawn)
         factor = (sum(z.numel() for z in drawn) / square) ** 0.5 if square > 0 else 1.0

@@ -21,6 +21,8 @@ _LARGEST_SCALE = 1e30  # of the first step size; growing on would end in an infi
 class _Backtracking(LineSearch):
     """What both have in common."""
 
+    uses_gradient = True
+
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Counts must be positive."""
         for name in ("maxiter", "target_iters"):
@@ -33,7 +35,7 @@ class _Backtracking(LineSearch):
         c, min_alpha, max_tries, try_negative = (
             common(self, var.params, name) for name in ("c", "min_alpha", "maxiter", "try_negative")
         )
-        start = number(var.get_loss(backward=False))
+        start = number(var.get_loss())
         slope = self.slope(var)
         least = 0.0 if min_alpha is None else float(min_alpha)
         for sign in (1.0, -1.0) if try_negative else (1.0,):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ class LineSearch(Module):
             is taken; 0 if none lowers it. ``None``: no limit.
         **children: modules, or lists of them, that this one runs.
 
+    Attributes:
+        uses_gradient: whether the gradient at the step size 0 is needed, so that it is evaluated with the loss.
+
     Raises:
         OptionError: ``maxiter`` is not positive.
 
@@ -53,6 +56,7 @@ class LineSearch(Module):
     """
 
     needs_closure = True
+    uses_gradient: ClassVar[bool] = False
 
     def __init__(
         self, defaults: Mapping[str, Any] | None = None, *, maxiter: int | None = None, **children: Any
@@ -115,7 +119,7 @@ class LineSearch(Module):
 
     def step(self, var: Var) -> Var:
         """Search, and scale the update."""
-        update, loss = var.get_update(), number(var.get_loss(backward=False))
+        update, loss = var.get_update(), number(var.get_loss(backward=self.uses_gradient))
         self._num_evaluations, self._tried = 0, {0.0: loss}
         with restored(var.params) as self._starts:
             try:

@@ -56,6 +56,7 @@ class StrongWolfe(LineSearch):
     Reference: Nocedal, Wright, "Numerical Optimization", 2nd edition, 2006, algorithms 3.5 and 3.6, equation 3.59.
     """
 
+    uses_gradient = True
     bounds = numbers(init=POSITIVE, c1=_INSIDE, c2=_INSIDE, expand=_GROWS)
 
     def __init__(
@@ -94,7 +95,7 @@ class StrongWolfe(LineSearch):
 
     def search(self, update: Sequence[Tensor], var: Var) -> float:
         """Bracket, then zoom."""
-        start = _Point(0.0, number(var.get_loss(backward=False)), self.slope(var))
+        start = _Point(0.0, number(var.get_loss()), self.slope(var))
         sign = 1.0
         if start.slope >= 0 or math.isnan(start.slope):
             if not common(self, var.params, "plus_minus") or not start.slope > 0:

@@ -84,7 +84,8 @@ class Projection(Module):
                 f"{name}(..., project_params=True)"
             )
         self.project_update, self.project_params, self.project_grad = project_update, project_params, project_grad
-        self._forget()
+        self._store: weakref.ref[Store] | None = None
+        self._stand_ins: dict[tuple[int, ...], _StandIns] = {}
 
     # ------------------------------------------------------------------------------------------------- to be overridden
 
@@ -179,8 +180,7 @@ class Projection(Module):
         """
         store = self._bound.store
         if self._store is None or self._store() is not store:
-            self._forget()
-            self._store = weakref.ref(store)
+            self._store, self._stand_ins = weakref.ref(store), {}
         key = tuple(map(id, var.params))
         known = self._stand_ins.get(key)
         if known is None or list(map(_form, known.tensors)) != list(map(_form, values)):
@@ -199,10 +199,6 @@ class Projection(Module):
             f"{self.place}: a module inside reads {key.name}, which belongs to the parameters and cannot be projected; put that "
             "module in front"
         )
-
-    def _forget(self) -> None:
-        self._store: weakref.ref[Store] | None = None
-        self._stand_ins: dict[tuple[int, ...], _StandIns] = {}
 
     def reset(self) -> None:
         """Forget what was learned from earlier steps, also inside."""

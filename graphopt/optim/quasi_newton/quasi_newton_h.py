@@ -157,7 +157,7 @@ class QuasiNewtonH(VectorModule):
     def direct(self, update: Tensor, inner: Tensor, param: Tensor, state: StateView, settings: Settings) -> Tensor:
         """Learn from the last step, and multiply."""
         name = "B" if self._keeps_b else "H"
-        if is_due(settings.reset_interval, state.get("num_since_reset", 0), update.numel()):
+        if is_due(settings.reset_interval, state.get("num_since_reset", -1) + 1, update.numel()):
             state.clear()
         if name not in state:
             return self._start(name, update, inner, param, state, settings)
