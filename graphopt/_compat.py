@@ -283,7 +283,9 @@ def custom_op_parts(
 
 
 def is_transformed(tensor: torch.Tensor) -> bool:
-    """Whether a tensor stands for others: it is fake, or inside ``torch.func`` or ``torch.jit.trace``."""
+    """Whether a tensor stands for others: it is fake, or inside ``torch.func``, ``torch.compile`` or ``torch.jit.trace``."""
+    if torch.compiler.is_dynamo_compiling():
+        return True  # it cannot trace the questions below
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._C._is_tracing():
         return True
     return type(tensor).__name__ == "FakeTensor"

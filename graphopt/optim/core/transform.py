@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphopt.annotations import Key
-from graphopt.errors import ClosureError, MissingAnnotation, OptionError
+from graphopt.errors import ClosureError, MissingAnnotation, OptionError, UnsupportedError
 from graphopt.optim.core.module import Rule, as_chain, run_modules, updates_for, walk
 from graphopt.optim.core.naming import Named, bind, name_modules
 from graphopt.optim.core.store import Store
@@ -57,6 +57,9 @@ class Transform(NamedTuple):
         update: ``update(updates, state, params, *, step=None) -> (updates, state)``. ``updates`` are gradients like
             ``params``; those returned are to be **subtracted** (`apply_updates`). ``step`` is a `Step`. Nothing that is
             passed in is changed; usable under ``torch.func.vmap``, ``grad`` and ``torch.compile``.
+
+    Both can be differentiated, so that the results of parameters which require gradients hold the graph of all steps before.
+    Call them under ``torch.no_grad()`` where nobody asks for that; ``torch.func.grad`` inside of it works all the same.
     """
 
     init: Callable[[Any], ChainState]
@@ -93,7 +96,7 @@ def chain(*modules: Any) -> Transform:
     named = name_modules(flat)
 
     def init(params: Any) -> ChainState:
-        leaves = pytree.tree_leaves(params)
+        leaves = _real(pytree.tree_leaves(params))
         device = leaves[0].device if leaves else None
         states: list[dict[str, Any]] = [{} for _ in leaves]
         with _bound(named, leaves, states):
@@ -107,24 +110,27 @@ def chain(*modules: Any) -> Transform:
     def update(updates: Any, state: ChainState, params: Any, *, step: Step | None = None) -> tuple[Any, ChainState]:
         step = step or Step()
         leaves, spec = pytree.tree_flatten(params)
-        given = pytree.tree_leaves(updates)
-        if len(given) != len(leaves) or len(state.states) != len(leaves):
+        given = leaves_like(params, updates, "chain.update: updates")
+        if len(state.states) != len(leaves):
             raise OptionError(
-                f"chain.update: {len(given)} updates and the state of {len(state.states)} parameters for {len(leaves)} "
-                "parameters; pass gradients and a state of the same structure"
+                f"chain.update: the state of {len(state.states)} parameters for {len(leaves)} parameters; pass what "
+                "init(params) or the update before has returned"
             )
+        grads = given if step.grads is None else leaves_like(params, step.grads, "chain.update: Step(grads=...)")
         count = state.step + 1
         states = [dict(entry) for entry in state.states]
+        annotations = _reader(step, params)
         closure, leaves = _closure(step, leaves, spec, named)
+        originals, leaves, given, grads = leaves, _real(leaves), _real(given), _real(grads)
         with _bound(named, leaves, states), _schedules(named, state.step):
             _copy_what_is_written(named, states)
             var = Var(
                 leaves,
-                grads=pytree.tree_leaves(step.grads) if step.grads is not None else given,
+                grads=grads,
                 closure=closure,
                 loss=step.loss,
                 counts=[count] * len(leaves),
-                annotations=_reader(step, leaves),
+                annotations=lambda param, key: annotations(_index(leaves, param), key),
                 state=dict(zip(leaves, states, strict=True)),
             )
             var.place = next((entry.place for entry in named if entry.module.needs_closure), var.place)
@@ -133,7 +139,10 @@ def chain(*modules: Any) -> Transform:
                 var.update = [leaf.clone() for leaf in var.update]
             with torch.no_grad() if closure is not None else nullcontext():
                 var = run_modules(flat, var)
-            news = updates_for(leaves, var)
+            news = [
+                torch.view_as_complex(new) if leaf.is_complex() else new
+                for leaf, new in zip(originals, updates_for(leaves, var), strict=True)
+            ]
         return pytree.tree_unflatten(news, spec), ChainState(count, states)
 
     return Transform(init, update)
@@ -142,6 +151,39 @@ def chain(*modules: Any) -> Transform:
 def apply_updates(params: Any, updates: Any) -> Any:
     """``params - updates``, leaf by leaf, in the dtype of the parameters."""
     return pytree.tree_map(lambda param, update: (param - update).to(param.dtype), params, updates)
+
+
+def leaves_like(params: Any, tree: Any, what: str, has_shapes: bool = True) -> list[Any]:
+    """The leaves of a pytree in the order of the leaves of ``params``; dictionaries may be in another order.
+
+    Args:
+        params: a pytree of tensors.
+        tree: another of the same structure.
+        what: names it for an error.
+        has_shapes: whether its leaves must be tensors of the shapes of the parameters.
+
+    Raises:
+        OptionError: the structure, or a shape, is another one.
+    """
+    leaves, spec = pytree.tree_flatten(params)
+    if type(tree) in (list, tuple) and spec.type in (list, tuple):
+        tree = spec.type(tree)  # torch.autograd.grad returns tuples
+    try:
+        found: list[Any] = spec.flatten_up_to(tree)
+    except ValueError as error:
+        raise OptionError(
+            f"{what}: not of the structure of the parameters: {error} Pass one tensor for each parameter, in the same "
+            "(nested) dictionaries and lists"
+        ) from error
+    for leaf, value in zip(leaves, found, strict=True):
+        if has_shapes and not (isinstance(value, Tensor) and value.shape == leaf.shape):
+            name = next(path for path, other in pytree.tree_leaves_with_path(params) if other is leaf)
+            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise OptionError(
+                f"{what}: {got} for the parameter {pytree.keystr(name) or 'itself'} of shape {tuple(leaf.shape)}; pass a "
+                "tensor of that shape (zeros if it got no gradient), or leave the parameter out everywhere"
+            )
+    return found
 
 
 @contextmanager
@@ -188,6 +230,10 @@ def _closure(
         raise ClosureError(
             f"{needy[0].place} needs the loss as a function of the parameters; pass step=Step(loss_fn=...) to update()"
         )
+    if any(leaf.is_complex() for leaf in leaves):
+        raise UnsupportedError(
+            f"a parameter is complex, and {needy[0].place} evaluates the loss; make torch.view_as_real(param) the parameter"
+        )
     loss_fn = step.loss_fn
     own = [leaf.detach().clone().requires_grad_() for leaf in leaves]
 
@@ -201,15 +247,26 @@ def _closure(
     return closure, own
 
 
-def _reader(step: Step, leaves: Sequence[Tensor]) -> Callable[[Tensor, Key[Any]], Any]:
-    def read(param: Tensor, key: Key[Any]) -> Any:
+def _reader(step: Step, params: Any) -> Callable[[int, Key[Any]], Any]:
+    def read(index: int, key: Key[Any]) -> Any:
         for known, tree in step.annotations.items():
             if known.name == key.name:
-                values = pytree.tree_leaves(tree)
-                index = next(index for index, leaf in enumerate(leaves) if leaf is param)
-                return values[index] if len(values) > 1 or len(leaves) == 1 else values[0]
+                if pytree.tree_structure(tree).is_leaf():
+                    return tree  # one value for all parameters
+                return leaves_like(params, tree, f"chain.update: Step(annotations={{{key.name.upper()}: ...}})", False)[
+                    index
+                ]
         raise MissingAnnotation(
             f"no {key.name}: pass step=Step(annotations={{{key.name.upper()}: ...}}); it is provided by {key.provider}"
         )
 
     return read
+
+
+def _index(leaves: Sequence[Tensor], param: Tensor) -> int:
+    return next(index for index, leaf in enumerate(leaves) if leaf is param)
+
+
+def _real(tensors: list[Tensor]) -> list[Tensor]:
+    """Complex tensors as pairs of real ones, as in every optimizer of torch."""
+    return [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]

@@ -1,33 +1,22 @@
-"""Loss scaling for half precision as pure functions: the rule of ``torch.amp.GradScaler``."""
+"""A gradient scaler as pure functions of a dictionary, for gradients in half precision.
+
+The loss is multiplied by a scale so that small gradients do not become zero, and the gradients are divided by it. If one of
+them is not finite the step is left out (``found_inf`` of `adam_step` and the others) and the scale shrinks; after many good
+steps in a row it grows.
+
+Reference: Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740, 2017, section 3.2; the scale is that of
+`torch.amp.GradScaler`.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import OptionError
-from graphopt.optim.core.bounds import AT_LEAST_ONE, POSITIVE, Bounds
-
-
-class GradScalerState(NamedTuple):
-    """What the scaler remembers; a pytree of tensors of shape ().
-
-    Attributes:
-        scale: what the loss is multiplied by, float32.
-        growth_tracker: steps without overflow since the scale last changed, int32.
-        growth_factor: what the scale is multiplied by after ``growth_interval`` of them.
-        backoff_factor: what it is multiplied by after an overflow.
-        growth_interval: see there.
-    """
-
-    scale: Tensor
-    growth_tracker: Tensor
-    growth_factor: Tensor
-    backoff_factor: Tensor
-    growth_interval: Tensor
 
 
 def init_grad_scaler(
@@ -35,78 +24,120 @@ def init_grad_scaler(
     growth_factor: float = 2.0,
     backoff_factor: float = 0.5,
     growth_interval: int = 2000,
-    *,
-    precision: torch.dtype = torch.bfloat16,
-    allow_fp16: bool = False,
+    precision: torch.dtype | str = torch.bfloat16,
     device: torch.device | str = "cpu",
-) -> GradScalerState:
-    """The state of a new scaler.
+) -> dict[str, Any]:
+    """The scaler at the beginning.
 
     Args:
-        init_scale: the first scale, above 0.
-        growth_factor: at least 1.
-        backoff_factor: above 0 and below 1.
-        growth_interval: steps, at least 1.
-        precision: what the forward pass runs in: ``torch.bfloat16``, or ``torch.float16`` if ``allow_fp16`` says that its
-            narrow range is known about.
-        allow_fp16: see there.
-        device: where the tensors live.
-
-    Raises:
-        OptionError: a number is out of range, or the precision is not allowed.
-    """
-    checks = {
-        "init_scale": (init_scale, POSITIVE),
-        "growth_factor": (growth_factor, AT_LEAST_ONE),
-        "backoff_factor": (backoff_factor, Bounds(0.0, 1.0, includes_low=False, includes_high=False)),
-        "growth_interval": (growth_interval, AT_LEAST_ONE),
-    }
-    for name, (value, bounds) in checks.items():
-        if value not in bounds:
-            raise OptionError(f"init_grad_scaler: {name}={value!r}; expected a number in {bounds}")
-    if precision not in (torch.bfloat16, torch.float16):
-        raise OptionError(f"init_grad_scaler: precision={precision}; expected torch.bfloat16 or torch.float16")
-    if precision == torch.float16 and not allow_fp16:
-        raise OptionError(
-            "init_grad_scaler: precision=torch.float16 overflows from 65504 on; pass allow_fp16=True if you mean it"
-        )
-    return GradScalerState(
-        torch.tensor(float(init_scale), device=device),
-        torch.zeros((), dtype=torch.int32, device=device),
-        torch.tensor(float(growth_factor), device=device),
-        torch.tensor(float(backoff_factor), device=device),
-        torch.tensor(int(growth_interval), dtype=torch.int32, device=device),
-    )
-
-
-def scale_loss(loss: Tensor, state: GradScalerState) -> Tensor:
-    """The loss times the scale, whose gradients are far enough from zero."""
-    return loss * state.scale.to(loss.dtype)
-
-
-def unscale_grads(grads: Any, state: GradScalerState) -> tuple[Any, Tensor]:
-    """Divide gradients by the scale.
+        init_scale: the scale of the first step.
+        growth_factor: multiplies the scale after enough steps without overflow.
+        backoff_factor: multiplies it after a step with overflow.
+        growth_interval: how many steps without overflow in a row are enough.
+        precision: the dtype of the passes, or its name (``"torch.bfloat16"``); kept for the caller.
+        device: where the scale is.
 
     Returns:
-        The gradients, and whether any of them holds an infinity or NaN, shape (), bool.
+        A dictionary: ``scale`` and ``growth_tracker`` (good steps in a row) of shape (), and the arguments.
+
+    Raises:
+        OptionError: a number is out of range, or the precision is no dtype.
     """
-    found = torch.zeros((), dtype=torch.bool, device=state.scale.device)
-    for grad in pytree.tree_leaves(grads):
-        found = found | ~torch.isfinite(grad).all().to(found.device)
-    inverse = 1 / state.scale.to(torch.float64)
-    return pytree.tree_map(lambda grad: grad * inverse.to(grad.dtype), grads), found
+    for name, value, holds, expected in (
+        ("init_scale", init_scale, init_scale > 0, "a number above 0"),
+        ("growth_factor", growth_factor, growth_factor > 1, "a number above 1"),
+        ("backoff_factor", backoff_factor, 0 < backoff_factor < 1, "a number in (0, 1)"),
+        ("growth_interval", growth_interval, growth_interval >= 1, "at least 1"),
+    ):
+        if not holds:
+            raise OptionError(f"init_grad_scaler({name}={value!r}); expected {expected}")
+    return {
+        "scale": torch.full((), init_scale, dtype=torch.float32, device=device),
+        "growth_factor": growth_factor,
+        "backoff_factor": backoff_factor,
+        "growth_interval": growth_interval,
+        "growth_tracker": torch.zeros((), dtype=torch.int32, device=device),
+        "precision": _dtype(precision),
+    }
 
 
-def update_scale(state: GradScalerState, found_inf: Tensor) -> GradScalerState:
-    """The state after a step: a lower scale if gradients were not finite, a higher one after enough steps that were."""
-    tracker = torch.where(found_inf, 0, state.growth_tracker + 1).to(torch.int32)
-    grows = ~found_inf & (tracker == state.growth_interval)
-    grown = state.scale * state.growth_factor
-    scale = torch.where(grows & torch.isfinite(grown), grown, state.scale)
-    scale = torch.where(found_inf, state.scale * state.backoff_factor, scale)
-    return state._replace(scale=scale, growth_tracker=torch.where(grows, 0, tracker).to(torch.int32))
+def scale_loss(loss: Tensor, scaler_state: dict[str, Any]) -> Tensor:
+    """The loss times the scale, in the dtype of the loss."""
+    scale: Tensor = scaler_state["scale"]
+    return loss * scale.to(loss.device)
 
 
-def keep_if(condition: Tensor, old: Any, new: Any) -> Any:
-    """``old`` if the condition holds, else ``new``, leaf by leaf: skips a step whose gradients were not finite."""
-    return pytree.tree_map(lambda before, after: torch.where(condition, before, after), old, new)
+def unscale_grads(
+    grads: Any,
+    scaler_state: dict[str, Any],
+    device: torch.device | str | None = None,
+    allow_fp16: bool = False,
+) -> tuple[Any, Tensor]:
+    """Divide gradients by the scale.
+
+    Args:
+        grads: a pytree of tensors, and ``None`` where there is no gradient.
+        scaler_state: of `init_grad_scaler` or `update_scale`.
+        device: where ``found_inf`` is wanted, by default with the scale.
+        allow_fp16: accept float16; what is not small anymore may be infinite once it is divided.
+
+    Returns:
+        The gradients in their own dtypes, and ``found_inf`` of shape (), float32: 1 if an element of them is infinite or NaN.
+
+    Raises:
+        OptionError: a gradient is float16.
+    """
+    leaves, spec = pytree.tree_flatten(grads)
+    if not allow_fp16 and any(isinstance(grad, Tensor) and grad.dtype == torch.float16 for grad in leaves):
+        raise OptionError(
+            "unscale_grads: a gradient is float16, whose range is too small for what is unscaled. Keep the parameters in "
+            "float32 and compute under torch.autocast, or pass allow_fp16=True"
+        )
+    scale: Tensor = scaler_state["scale"]
+    found_inf = torch.zeros((), dtype=torch.float32, device=scale.device if device is None else device)
+    inverse = scale.double().reciprocal().float()
+    unscaled = []
+    for grad in leaves:
+        if grad is not None:
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            grad = (grad.to(wide) * inverse.to(grad.device)).to(grad.dtype)
+            found_inf = found_inf.maximum((~grad.isfinite()).any().to(found_inf))
+        unscaled.append(grad)
+    return pytree.tree_unflatten(unscaled, spec), found_inf
+
+
+def update_scale(scaler_state: dict[str, Any], found_inf: Tensor, *, inplace: bool = False) -> dict[str, Any]:
+    """The scaler for the next step.
+
+    Args:
+        scaler_state: the scaler of this step.
+        found_inf: of `unscale_grads`.
+        inplace: write to the tensors of ``scaler_state`` instead of making new ones.
+
+    Returns:
+        The scaler; what was passed in is unchanged unless ``inplace``.
+    """
+    scale, tracker = scaler_state["scale"], scaler_state["growth_tracker"]
+    is_bad = found_inf.to(scale.device) > 0
+    good = tracker + 1
+    is_due = good == scaler_state["growth_interval"]
+    grown = scale * scaler_state["growth_factor"]
+    grown = torch.where(is_due & grown.isfinite(), grown, scale)
+    news = {
+        "scale": torch.where(is_bad, scale * scaler_state["backoff_factor"], grown),
+        "growth_tracker": torch.where(is_bad | is_due, torch.zeros_like(tracker), good),
+    }
+    if not inplace:
+        return {**scaler_state, **news}
+    for name, new in news.items():
+        scaler_state[name].copy_(new)
+    return scaler_state
+
+
+def _dtype(precision: torch.dtype | str) -> torch.dtype:
+    found = precision
+    if isinstance(precision, str):
+        found = getattr(torch, precision.removeprefix("torch."), precision)
+    if not isinstance(found, torch.dtype):
+        raise OptionError(f"init_grad_scaler(precision={precision!r}): no dtype; expected one such as torch.bfloat16")
+    return found

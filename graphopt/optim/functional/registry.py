@@ -1,85 +1,114 @@
-"""Optimizers by name: their default configs, how their state begins, and their steps."""
+"""Optimizers by name: a config, a state before the first step, and a step."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from graphopt.errors import OptionError
-from graphopt.optim.functional.configs import AdamConfig, LARSConfig, SGDConfig
-from graphopt.optim.functional.steps import adam_step, lars_step, sgd_step, transform_of
+from graphopt.optim.functional.configs import AdamConfig, AdamWDMode, LARSConfig, SGDConfig
+from graphopt.optim.functional.steps import (
+    OPTIMIZER_STATE_TYPE,
+    adam_step,
+    default_adam_state,
+    default_sgd_state,
+    lars_step,
+    sgd_step,
+)
 
-Value = TypeVar("Value")
+DEFAULT_OPTIMIZER_CONFIGS: dict[str, Callable[..., Any]] = {
+    "adam": AdamConfig,
+    "adamw": functools.partial(AdamConfig, mode=AdamWDMode.ADAMW),
+    "decoupled_adam": functools.partial(AdamConfig, mode=AdamWDMode.DECOUPLED),
+    "lars": LARSConfig,
+    "sgd": SGDConfig,
+}
+"""By name what makes a config; arguments are hyper-parameters."""
 
-DEFAULT_OPTIMIZER_CONFIGS: dict[str, Any] = {}
-"""For each name the config that is used if none is given."""
+DEFAULT_OPTIMIZER_STATES: dict[str, Callable[[Any], OPTIMIZER_STATE_TYPE]] = {
+    "adam": default_adam_state,
+    "adamw": default_adam_state,
+    "decoupled_adam": default_adam_state,
+    "lars": default_sgd_state,
+    "sgd": default_sgd_state,
+}
+"""By name what makes the state of a model, or of a pytree of parameters."""
 
-DEFAULT_OPTIMIZER_STATES: dict[str, Callable[[Any, Any], Any]] = {}
-"""For each name a function of parameters and config that returns the state before the first step."""
+OPTIMIZER_STEPS: dict[str, Callable[..., tuple[Any, OPTIMIZER_STATE_TYPE]]] = {
+    "adam": adam_step,
+    "adamw": adam_step,
+    "decoupled_adam": adam_step,
+    "lars": lars_step,
+    "sgd": sgd_step,
+}
+"""By name ``step(params, grads, opt_state, config) -> (params, opt_state)``."""
 
-OPTIMIZER_STEP: dict[str, Callable[..., tuple[Any, Any]]] = {}
-"""For each name the step: ``(params, grads, state, config) -> (params, state)``."""
+OPTIMIZER_STEP = OPTIMIZER_STEPS  # optorch's own name
 
 
 def register_optimizer(
-    name: str, config: Any, init_state: Callable[[Any, Any], Any], step: Callable[..., tuple[Any, Any]]
+    name: str,
+    *,
+    config: Callable[..., Any],
+    state: Callable[[Any], OPTIMIZER_STATE_TYPE],
+    step: Callable[..., tuple[Any, OPTIMIZER_STATE_TYPE]],
+    replace: bool = False,
 ) -> None:
-    """Add an optimizer under a name.
+    """Add an optimizer to all three registries.
 
     Args:
-        name: a new one.
-        config: its default hyper-parameters.
-        init_state: of parameters and config, returns the state before the first step.
-        step: ``(params, grads, state, config) -> (params, state)``.
+        name: the name to find it by.
+        config: makes a config.
+        state: makes the state of a model before the first step, such as `default_sgd_state`.
+        step: ``step(params, grads, opt_state, config) -> (params, opt_state)``.
+        replace: whether the name may be that of another one.
 
     Raises:
         OptionError: the name is taken.
     """
-    if name in OPTIMIZER_STEP:
-        raise OptionError(f"register_optimizer: {name!r} is registered already; choose another name")
+    if name in OPTIMIZER_STEPS and not replace:
+        raise OptionError(
+            f"register_optimizer({name!r}): there is one of this name; choose another name, or pass replace=True"
+        )
     DEFAULT_OPTIMIZER_CONFIGS[name] = config
-    DEFAULT_OPTIMIZER_STATES[name] = init_state
-    OPTIMIZER_STEP[name] = step
+    DEFAULT_OPTIMIZER_STATES[name] = state
+    OPTIMIZER_STEPS[name] = step
 
 
-def init_optimizer_state(name: str, params: Any, config: Any = None) -> Any:
-    """The state of an optimizer before its first step.
+def init_optimizer_state(optimizer_name: str, model: Any) -> OPTIMIZER_STATE_TYPE:
+    """The state of an optimizer before the first step.
 
     Args:
-        name: a key of `OPTIMIZER_STEP`.
-        params: a pytree of tensors.
-        config: its hyper-parameters; the default ones if ``None``.
+        optimizer_name: a name in the registries.
+        model: a module, whose parameters are a dictionary by name then, or a pytree of tensors.
 
     Raises:
-        OptionError: there is no optimizer of that name.
+        OptionError: there is no optimizer of this name.
+
+    Example:
+        >>> import torch
+        >>> params = {"w": torch.ones(2)}
+        >>> state = init_optimizer_state("sgd", params)
+        >>> step, config = get_optimizer_step("sgd"), DEFAULT_OPTIMIZER_CONFIGS["sgd"](max_lr=0.5)
+        >>> new, state = step(params, {"w": torch.ones(2)}, state, config)
+        >>> new["w"], params["w"], state["step"]
+        (tensor([0.5000, 0.5000]), tensor([1., 1.]), tensor(1., dtype=torch.float64))
     """
-    init = _find(DEFAULT_OPTIMIZER_STATES, name)
-    return init(params, DEFAULT_OPTIMIZER_CONFIGS[name] if config is None else config)
+    state: OPTIMIZER_STATE_TYPE = _find(DEFAULT_OPTIMIZER_STATES, optimizer_name)(model)
+    return state
 
 
-def get_optimizer_step(name: str) -> Callable[..., tuple[Any, Any]]:
-    """The step of an optimizer.
+def get_optimizer_step(optimizer_name: str) -> Callable[..., tuple[Any, OPTIMIZER_STATE_TYPE]]:
+    """The step of an optimizer: ``step(params, grads, opt_state, config) -> (params, opt_state)``.
 
     Raises:
-        OptionError: there is no optimizer of that name.
+        OptionError: there is no optimizer of this name.
     """
-    return _find(OPTIMIZER_STEP, name)
+    return _find(OPTIMIZER_STEPS, optimizer_name)
 
 
-def _find(registry: dict[str, Value], name: str) -> Value:
+def _find(registry: dict[str, Callable[..., Any]], name: str) -> Callable[..., Any]:
     if name not in registry:
-        raise OptionError(
-            f"there is no optimizer {name!r}; there are {sorted(registry)}, and register_optimizer adds others"
-        )
+        raise OptionError(f"no optimizer {name!r}; there are {sorted(registry)}, and register_optimizer() adds one")
     return registry[name]
-
-
-def _init(params: Any, config: Any) -> Any:
-    return transform_of(config).init(params)
-
-
-register_optimizer("sgd", SGDConfig(), _init, sgd_step)
-register_optimizer("adam", AdamConfig(), _init, adam_step)
-register_optimizer("adamw", AdamConfig(mode="adamw", weight_decay=1e-2), _init, adam_step)
-register_optimizer("decoupled_adam", AdamConfig(mode="decoupled"), _init, adam_step)
-register_optimizer("lars", LARSConfig(), _init, lars_step)
