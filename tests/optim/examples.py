@@ -2,6 +2,7 @@
 
 import inspect
 
+from graphopt.errors import OptionError
 from graphopt.optim import Module, m
 
 PUBLIC = {
@@ -71,6 +72,19 @@ EXAMPLES = {
     "Where": lambda: m.Where([m.Sign(), m.Maximum(0.0)], m.HeavyBall(), m.Adam()),
 }
 MATRICES_ONLY = {"Muon"}
+
+
+def _makes_itself(kind):
+    try:
+        kind()
+    except (TypeError, OptionError):
+        return False
+    return True
+
+
+# New ones that need arguments must be entered above.
+WITHOUT_EXAMPLE = [name for name, kind in PUBLIC.items() if name not in EXAMPLES and not _makes_itself(kind)]
+NAMES = sorted(set(PUBLIC) - set(WITHOUT_EXAMPLE))
 
 
 def make(name):

@@ -13,16 +13,16 @@ from graphopt.errors import OptionError
 from graphopt.optim import Modular, Rule, m
 from graphopt.optim.core.module import walk
 from graphopt.optim.core.transform import Step, apply_updates, chain
-from tests.optim.examples import EXAMPLES, MATRICES_ONLY, PUBLIC, make
+from tests.optim.examples import EXAMPLES, MATRICES_ONLY, NAMES, PUBLIC, WITHOUT_EXAMPLE, make
 from tests.optim.training import set_gradients
 
 NUM_STEPS = 3
-NAMES = sorted(PUBLIC)
 every_module = pytest.mark.parametrize("name", NAMES)
 
 
 def test_table_is_complete():
     """Every public module is run below, by its defaults or by an example."""
+    assert not WITHOUT_EXAMPLE
     assert set(EXAMPLES) <= set(PUBLIC)
     assert {name: type(make(name)[-1]) for name in NAMES} == PUBLIC
 

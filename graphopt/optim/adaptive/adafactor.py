@@ -45,7 +45,7 @@ class Adafactor(Rule):
     Raises:
         OptionError: a number is out of range.
 
-    Reference: Shazeer, Stern, "Adafactor", arXiv:1804.04235, 2018, algorithm 5.
+    Reference: Shazeer, Stern, "Adafactor", arXiv:1804.04235, 2018, algorithms 4 and 5.
     """
 
     bounds = numbers(

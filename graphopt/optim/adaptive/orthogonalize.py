@@ -121,7 +121,7 @@ class DualNormCorrection(Rule):
 
     Behind `Orthogonalize` the factor is the sum of the gradient's singular values, so that steps shrink with the gradient.
 
-    Reference: Bernstein, Newhouse, "Old optimizer, new norm", arXiv:2409.20325, 2024, section 2.
+    Reference: Bernstein, Newhouse, "Old optimizer, new norm", arXiv:2409.20325, 2024.
     """
 
     elementwise = False
