@@ -57,7 +57,7 @@ class ModuleError(GraphoptError, RuntimeError):
     """An optimizer module is used in a way that its chain, or the model, does not allow; nothing was changed."""
 
 
-class ClosureError(ModuleError):
+class ClosureError(GraphoptError, RuntimeError):
     """A module of a chain needs a closure and was given none."""
 
 
