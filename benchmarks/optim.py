@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from benchmarks.harness import Benchmark, Case, Rival
@@ -127,16 +128,20 @@ def count_calls(function: Callable[[], object]) -> dict[str, int]:
 
 def _copy(parameters: dict[str, Any], chain: str, device: str) -> Task:
     """As many bytes as the chain must move, half of them read and half of them written, in one copy."""
-    from math import prod
-
     import torch
 
     from benchmarks import optim_rivals
 
-    num_bytes = sum(map(prod, optim_rivals.shapes(**parameters))) * optim_rivals.CHAINS[chain].num_bytes
-    source = torch.ones(min(num_bytes // 2, COPIED_BYTES) // optim_rivals.FLOAT, device=device)
+    source = torch.ones(_copied_bytes(chain, parameters) // optim_rivals.FLOAT, device=device)
     target = torch.zeros_like(source)
     return Task(lambda: target.copy_(source), lambda: {"num_bytes": 2 * source.nbytes})
+
+
+def _copied_bytes(chain: str, parameters: Mapping[str, Any]) -> int:
+    from benchmarks import optim_rivals
+
+    moved = sum(map(prod, optim_rivals.shapes(**parameters))) * optim_rivals.CHAINS[chain].num_bytes
+    return min(moved // 2, COPIED_BYTES)
 
 
 def _sizes(parameters: Sequence[Any], bytes_of_one: int) -> dict[str, int]:
@@ -248,13 +253,19 @@ def _steps(chain: str, name: str, parameters: dict[str, Any], device: str, quick
         name=f"{chain}-{name}",
         title=f"One step of [{described.title}] on {_described(parameters)}, {device}: {described.num_bytes} bytes an element",
         rivals=tuple(
-            _rival(method, method, LABELS[method], build, checked=method != "copy", **options) for method in methods
+            _rival(method, method, _label(method, chain, parameters), build, checked=method != "copy", **options)
+            for method in methods
         ),
         baseline="torch-fused",
         rounds=rounds,
         checked="against float64",
         shares_caches=True,
     )
+
+
+def _label(method: str, chain: str, parameters: Mapping[str, Any]) -> str:
+    """In a table of times; a copy may be of fewer bytes than the chain moves."""
+    return f"a copy of {_copied_bytes(chain, parameters) / 1e6:.3g} MB" if method == "copy" else LABELS[method]
 
 
 def _starts(sets: Mapping[str, Any], device: str, quick: bool) -> Case:
@@ -360,8 +371,6 @@ def _overheads(numbers: Sequence[int], device: str) -> tuple[Case, Case]:
 
 
 def _described(parameters: Mapping[str, Any]) -> str:
-    from math import prod
-
     from benchmarks import optim_rivals
 
     sizes = [prod(shape) for shape in optim_rivals.shapes(**parameters)]
