@@ -298,7 +298,7 @@ class Rule(Module):
             context.measured = measured
             new, state = self.update(update, states[index], all_settings[index], context)
             self.set_state(param, state)
-            news.append(new)
+            news.append(new.to(update.dtype))  # numbers in float64 widen what has shape (), and only that
         var.update = news
         return var
 

@@ -223,6 +223,13 @@ def test_numbers_may_be_schedules_and_options_of_groups():
     assert (p[0].item(), q[0].item()) == (-2.0, -10.0)
 
 
+def test_numbers_do_not_widen_what_has_no_axes():
+    """The count of steps is a number in float64, as tensors of shape () in float32 are numbers, too."""
+    grads = [[torch.ones(()), torch.ones(2)]]
+    for seen in (outputs(lambda: [m.HeavyBall(), m.Debias2()], grads), pure_outputs(lambda: [m.HeavyBall()], grads)):
+        assert {update.dtype for update in seen[0]} == {torch.float32}
+
+
 def test_what_follows_may_write_to_the_update():
     """Neither the gradient nor the parameter is the update itself."""
 
