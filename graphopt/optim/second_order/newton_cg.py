@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from graphopt.errors import OptionError
 from graphopt.optim.core.bounds import NON_NEGATIVE, POSITIVE, numbers
-from graphopt.optim.core.closures import common
+from graphopt.optim.core.closures import common, number, restored
 from graphopt.optim.core.context import Number
 from graphopt.optim.core.module import Module
 from graphopt.optim.core.var import Var
@@ -22,7 +23,8 @@ class NewtonCG(Module):
     """Solve ``(H + reg I) x = u`` by conjugate gradients, H the Hessian of the closure and u the update; x is the new update.
 
     It ends when the residual is at most ``tol ‖u‖``, or with the first direction of negative curvature, along which it makes a
-    last step that keeps at least half of the descent: x descends where u is the gradient.
+    last step: forwards, as far as with the opposite curvature, or to the solution if that descends, too, and the loss there
+    is lower (two evaluations of the loss). So x descends where u is the gradient, and leads away from saddle points.
 
     Args:
         maxiter: most products with H in a step; ``None`` for as many as there are elements.
@@ -76,22 +78,35 @@ class NewtonCG(Module):
         start = state.get("prev_solution") if warm_start else None
         if start is not None and start.shape != right.shape:
             start = None
-        solution = conjugate_gradients(
+        solutions = conjugate_gradients(
             lambda vector: multiply(vector).to(right.dtype) + float(reg) * vector,
             right,
             start,
             float(tol),
             right.numel() if maxiter is None else maxiter,
         )
+        solution = solutions[0] if len(solutions) == 1 else _best(solutions, var)
         if warm_start:
             state["prev_solution"] = solution
         var.update = unflatten(solution, update)
         return var
 
 
+def _best(candidates: Sequence[Tensor], var: Var) -> Tensor:
+    """The update that leads to the lowest loss."""
+    losses = []
+    with restored(var.params) as starts:
+        for candidate in candidates:
+            for param, start, part in zip(var.params, starts, unflatten(candidate, var.params), strict=True):
+                param.copy_(start - part)
+            loss = number(var.evaluate(backward=False))
+            losses.append(loss if math.isfinite(loss) else math.inf)
+    return candidates[losses.index(min(losses))]
+
+
 def conjugate_gradients(
     multiply: Callable[[Tensor], Tensor], right: Tensor, start: Tensor | None, tol: float, maxiter: int
-) -> Tensor:
+) -> list[Tensor]:
     """Solve a symmetric system, up to the first direction of negative curvature.
 
     Args:
@@ -100,10 +115,13 @@ def conjugate_gradients(
         start: where to start; ``None`` for 0.
         tol: the least residual, relative to ``right``.
         maxiter: the most products.
+
+    Returns:
+        The solution; two to choose from if the last direction was one of negative curvature.
     """
     length = float(right.norm())
     if length == 0:
-        return right
+        return [right]
     solution, residual = torch.zeros_like(right), right
     if start is not None:
         remaining = right - multiply(start)
@@ -116,25 +134,22 @@ def conjugate_gradients(
         product = multiply(direction)
         curvature = direction.dot(product)
         if not bool(curvature > 0):
-            return _end(solution, direction, right, square / curvature, is_first=index == 0)
+            return _ends(solution, direction, right, square / curvature, is_first=index == 0)
         step_size = square / curvature
         solution = solution + step_size * direction
         residual = residual - step_size * product
         new_square = residual.dot(residual)
         direction, square = residual + direction * (new_square / square), new_square
-    return solution
+    return [solution]
 
 
-def _end(solution: Tensor, direction: Tensor, right: Tensor, step_size: Tensor, is_first: bool) -> Tensor:
-    """The last step, along a direction of negative curvature; ``step_size`` is negative.
+def _ends(solution: Tensor, direction: Tensor, right: Tensor, step_size: Tensor, is_first: bool) -> list[Tensor]:
+    """Ways to end with a direction of negative curvature; ``step_size`` is negative.
 
-    It leads to the solution of the system, which is no minimum along that direction. It is taken nevertheless where most of
-    the descent remains; otherwise the same step forwards, which descends.
+    It leads to the solution of the system, which is no minimum along that direction and may be a saddle, but the best step
+    where the curvature changes its sign soon. The same step forwards descends, away from it.
     """
     if not bool(torch.isfinite(step_size)):
-        return right if is_first else solution
-    step = step_size * direction
-    descent = solution.dot(right)
-    return (
-        solution + step if bool((solution + step).dot(right) > descent / 2) and bool(descent > 0) else solution - step
-    )
+        return [right if is_first else solution]
+    forwards, backwards = solution - step_size * direction, solution + step_size * direction
+    return [forwards, backwards] if bool(backwards.dot(right) > 0) else [forwards]

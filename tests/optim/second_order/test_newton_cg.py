@@ -76,13 +76,31 @@ def test_rosenbrock(method, num_tensors):
     assert steps_until(problem, Modular(problem.params, m.NewtonCG(hvp_method=method), m.StrongWolfe()), 1e-6, 25) <= 25
 
 
-def test_negative_curvature_descends():
-    for start in ([0.3, 1.0], [1e-3, 0.5], [2.0, 0.01]):
-        problem = Problem(lambda x: x[1] ** 2 - x[0] ** 2 + 0.05 * x[0] ** 4, start)
-        grad = torch.autograd.grad(problem.loss_of(*problem.params), problem.params)[0]
-        before = problem.vector
-        Modular(problem.params, m.NewtonCG(hvp_method="autograd"), m.LR(1e-6)).step(problem.closure)
-        assert float((before - problem.vector) @ grad) > 0
+def saddle(x):
+    return x[1] ** 2 - x[0] ** 2 + 0.05 * x[0] ** 4
+
+
+@pytest.mark.parametrize("start", [[0.3, 1.0], [1e-3, 0.5], [2.0, 0.01], [1.0, 0.01], [0.7, 0.4], [0.5, 0.2]])
+def test_negative_curvature_descends(start):
+    problem = Problem(saddle, start)
+    grad = torch.autograd.grad(saddle(*problem.params), problem.params)[0]
+    hessian = torch.autograd.functional.hessian(saddle, problem.params[0].detach())
+    before = problem.vector
+    Modular(problem.params, m.NewtonCG(hvp_method="autograd", reg=0.0, tol=0.0), m.LR(1e-3)).step(problem.closure)
+    step = (before - problem.vector) * 1e3
+    # Two conjugate directions: along each the minimum, or as far as it were with the opposite curvature.
+    first = grad * (grad @ grad) / (grad @ hessian @ grad).abs()
+    other = torch.stack([-(hessian @ grad)[1], (hessian @ grad)[0]])
+    along = other * (other @ grad) / (other @ hessian @ other)
+    exact = first + along
+    if grad @ hessian @ grad < 0:
+        expected = first
+    elif other @ hessian @ other > 0 or (exact @ grad > 0 and saddle(before - exact) < saddle(before - first + along)):
+        expected = exact
+    else:
+        expected = first - along
+    torch.testing.assert_close(step, expected, rtol=1e-9, atol=1e-9)
+    assert step @ grad > 0
     optimizer = Modular(problem.params, m.NewtonCG(), m.StrongWolfe())
     for _ in range(30):
         optimizer.step(problem.closure)
