@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -292,7 +293,7 @@ class Modular(torch.optim.Optimizer):
                 params += [param for param in group["params"] if param.requires_grad]
             else:
                 found = [param.grad for param in group["params"]]
-                if all(grad is not None for grad in found):
+                if not any(map(operator.is_, found, repeat(None))):
                     params += group["params"]
                     grads += cast("list[Tensor]", found)
                 else:
@@ -335,18 +336,13 @@ class Modular(torch.optim.Optimizer):
         if not var.has_grads:
             return
         grads = var.grads
-        is_known = len(grads) == len(self._counted)  # the layout of a gradient does not change from step to step
-        for param, grad in () if is_known else zip(var.params, grads, strict=True):
-            if grad.layout is not torch.strided:
-                raise UnsupportedError(
-                    f"{self._name(param)}: its gradient is sparse ({grad.layout}), which no module reads. Build the embedding "
-                    "with sparse=False, or give this parameter to torch.optim.SparseAdam"
-                )
-        self._check_annotations(var)
-        check = self.error_if_nonfinite
-        if check is None:
+        # What follows does not change from step to step; where modules evaluate a closure steps are counted before gradients.
+        if var.check is not None or not _are(var.params, self._counted):
+            self._check_layouts(var.params, grads)
             is_cheap = all(grad.device.type == "cpu" for grad in grads) and not self._is_differentiable
-            check = is_cheap and sum(grad.numel() for grad in grads) <= COMPILE_FROM
+            self._is_cheap_to_check = is_cheap and sum(grad.numel() for grad in grads) <= COMPILE_FROM
+        self._check_annotations(var)
+        check = self._is_cheap_to_check if self.error_if_nonfinite is None else self.error_if_nonfinite
         if check and not _sum_is_finite(grads):  # (a sum of finite numbers may be infinite)
             bad = [
                 param
@@ -360,6 +356,14 @@ class Modular(torch.optim.Optimizer):
                     f"{self.modules[0].place}: the gradient of {names} holds NaN or "
                     f"infinities; {self._progress}. Skip the step, or find where they come from with "
                     "torch.autograd.set_detect_anomaly(True); error_if_nonfinite=False lets them pass as in torch.optim"
+                )
+
+    def _check_layouts(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        for param, grad in zip(params, grads, strict=True):
+            if grad.layout is not torch.strided:
+                raise UnsupportedError(
+                    f"{self._name(param)}: its gradient is sparse ({grad.layout}), which no module reads. Build the embedding "
+                    "with sparse=False, or give this parameter to torch.optim.SparseAdam"
                 )
 
     @property
@@ -403,9 +407,7 @@ class Modular(torch.optim.Optimizer):
     def _count(self, var: Var) -> None:
         """Count a step for each parameter; those that have made equally many share one tensor."""
         params = var.params
-        if len(params) != len(self._counted) or not all(a is b for a, b in zip(params, self._counted, strict=True)):
-            self._share_counts(params)
-        elif any(entry.get("step") is not count for entry, count in zip(self._entries, self._counts, strict=True)):
+        if not (_are(params, self._counted) and _are(map(dict.get, self._entries, repeat("step")), self._counts)):
             self._share_counts(params)
         for count in self._distinct_counts:
             count.add_(1)
@@ -464,6 +466,7 @@ class Modular(torch.optim.Optimizer):
         self._counted: list[Tensor] = []  # the parameters of the last step, and their counts
         self._counts: list[Tensor] = []
         self._distinct_counts: list[Tensor] = []
+        self._is_cheap_to_check = False
         self._entries: list[dict[str, Any]] = []  # their state
         self._segments: list[FlatSegment | Module] = []
         self._lanes: dict[Tensor, dict[str, list[Any]]] = {}  # the same for parameters that step alone
@@ -733,6 +736,12 @@ def _check_flags(flags: Mapping[str, Any]) -> None:
         raise OptionError(
             "capturable=True and fused=True; compiled kernels take their numbers from the host. Use foreach=True"
         )
+
+
+def _are(left: Iterable[Any], right: Sequence[Any]) -> bool:
+    """Whether the objects are the same, one by one."""
+    left = list(left)
+    return len(left) == len(right) and all(map(operator.is_, left, right))
 
 
 def _sum_is_finite(grads: Sequence[Tensor]) -> bool:

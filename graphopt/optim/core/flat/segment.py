@@ -56,7 +56,8 @@ class FlatSegment:
         self._loop: list[int] = []
         self._planned_for: list[Tensor] = []
         self._planned_with: tuple[Any, ...] = ()
-        self._state_places: list[tuple[dict[str, Any], str]] = []  # where the state of all tensors is
+        self._state_entries: list[dict[str, Any]] = []  # where the state of all tensors is
+        self._state_keys: list[str] = []  # and under which names
         self._state: list[Tensor] = []  # what was there
 
     def forget(self) -> None:
@@ -88,7 +89,7 @@ class FlatSegment:
             return False
         if not all(map(operator.is_, var.params, self._planned_for)):
             return False
-        current = [entry.get(key) for entry, key in self._state_places]
+        current = map(dict.get, self._state_entries, self._state_keys)
         return all(map(operator.is_, current, self._state)) and all(
             self._has_same_numbers(run, var) for run in self._plan
         )
@@ -108,7 +109,7 @@ class FlatSegment:
         return True
 
     def _make_plan(self, var: Var, takes_grad: bool) -> None:
-        self._plan, self._loop, self._state_places, self._state = [], [], [], []
+        self._plan, self._loop, self._state_entries, self._state_keys, self._state = [], [], [], [], []
         self._planned_for, self._planned_with = list(var.params), (takes_grad, var.maximize)
         mode = self._choose_mode(var)
         groups: defaultdict[Any, list[int]] = defaultdict(list)
@@ -196,7 +197,9 @@ class FlatSegment:
         self._plan.append(run)
         for param, state in zip(params, states, strict=True):
             for name, tensor in state.items():
-                self._state_places.append(_place(self.rules, param, name))
+                entry, key = _place(self.rules, param, name)
+                self._state_entries.append(entry)
+                self._state_keys.append(key)
                 self._state.append(tensor)
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
