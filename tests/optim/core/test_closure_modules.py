@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from graphopt.errors import ClosureError
+from graphopt.errors import ClosureError, UnsupportedError
 from graphopt.optim import Modular, m
 
 CHAINS = {
@@ -180,6 +180,24 @@ def test_an_error_counts_no_step():
     for index, entry in state["state"].items():
         assert list(after["state"][index]) == list(entry)
         assert all(torch.equal(torch.as_tensor(after["state"][index][k]), torch.as_tensor(v)) for k, v in entry.items())
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(3, 2, sparse=True)
+    optimizer = Modular(embedding, m.LR(0.1), m.Backtracking())
+    before = embedding.weight.detach().clone()
+
+    def closure(backward=True):
+        loss = embedding(torch.tensor([1])).sum()
+        if backward:
+            optimizer.zero_grad()
+            loss.backward()
+        return loss
+
+    for _ in range(2):
+        with pytest.raises(UnsupportedError, match=r"parameter 'weight', shape .*: its gradient is sparse"):
+            optimizer.step(closure)
+    assert torch.equal(embedding.weight, before)
 
 
 def test_frozen_groups_stay():
