@@ -54,7 +54,7 @@ def main() -> int:
 def train_ensemble(images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor) -> Tensor:
     """Train one model for each learning rate, all of them in one step."""
     models = [build() for _ in RATES]
-    params, _ = stack_module_state(models)
+    params = {name: param.detach() for name, param in stack_module_state(models)[0].items()}
     skeleton = build()
 
     def loss_of(params: dict[str, Tensor], batch: Tensor, target: Tensor) -> Tensor:

@@ -71,11 +71,6 @@ class Adagrad(Rule):
         if not settings["pow"] > 0:
             raise OptionError(f"{self.place}: pow={settings['pow']!r}; expected a positive number")
 
-    @property
-    def is_elementwise(self) -> bool:
-        """Without ``inner``: torch's fused kernel, which is found by the names of modules, has none."""
-        return not self.children and super().is_elementwise
-
     def init(self, param: Tensor, settings: Settings) -> AdagradState:
         """The initial value."""
         return AdagradState(full(param, settings.initial_accumulator_value))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, repeat
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import repeat
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,15 @@ from torch.optim.optimizer import ParamsT
 
 from graphopt import _compat
 from graphopt import annotations as noted
-from graphopt.errors import ClosureError, MissingAnnotation, ModuleError, NonFiniteError, OptionError, UnsupportedError
+from graphopt.errors import ClosureError, MissingAnnotation, NonFiniteError, OptionError, UnsupportedError
 from graphopt.optim.base_optimizer import is_count
-from graphopt.optim.core.flat.segment import COMPILE_FROM, FlatSegment, Mode, apply_updates
+from graphopt.optim.core.flat.segment import FlatSegment, Mode, apply_updates
+from graphopt.optim.core.gradients import check_layouts, find_nonfinite, is_cheap_to_check
 from graphopt.optim.core.module import Module, Rule, as_chain, walk
 from graphopt.optim.core.naming import bind, check_group, check_names, check_order, name_modules
 from graphopt.optim.core.notes import read_note
+from graphopt.optim.core.state_dicts import all_params, check_state_dict, restore_dtypes
+from graphopt.optim.core.step_counts import StepCounts
 from graphopt.optim.core.store import Store
 from graphopt.optim.core.var import Var
 
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
 
 _FLAGS = ("foreach", "capturable", "differentiable", "fused", "maximize")
 _MAX_NAMES = 10
-_LANE = ("_segments", "_counted", "_counts", "_distinct_counts", "_entries")  # what belongs to one set of parameters
 
 _MISSING = """\
 {place} needs {key} of every parameter, but {num_missing} of {num_params} with a gradient have none: {names}.
@@ -150,7 +152,7 @@ class Modular(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients as torch does, and the statistics that belong to them."""
         super().zero_grad(set_to_none)
-        noted.clear(self._all_params())
+        noted.clear(all_params(self))
 
     def reset(self) -> None:
         """Forget what all modules have learned from earlier steps; the parameters stay."""
@@ -205,12 +207,11 @@ class Modular(torch.optim.Optimizer):
             var.place, var.check = needy.place, self._check_step
         self._check_step(var)
         self._run_schedules()
-        self._count(var)
+        var.counts = self._lane.counts.advance(var.params)
         try:
             hooks = self._run(var)
         except BaseException:
-            for count in () if needy is None else self._distinct_counts:
-                count.sub_(1)
+            self._lane.counts.take_back()
             raise
         self._end_step()
         for hook in hooks.post_step_hooks:
@@ -225,15 +226,15 @@ class Modular(torch.optim.Optimizer):
         """Step one parameter by its gradient; `fuse_into_backward` does so, and minds schedules and ``num_steps``."""
         var = self._var_of([param], [cast(Tensor, param.grad)], None, None, with_all=False)
         if param not in self._lanes:
-            self._lanes[param] = {**{name: [] for name in _LANE}, "_segments": list(self._cut())}
-        usual = {name: vars(self)[name] for name in _LANE}
-        vars(self).update(self._lanes[param])
+            self._lanes[param] = self._new_lane()
+        usual = self._lane
+        self._lane = self._lanes[param]
         try:
             self._check_step(var)
-            self._count(var)
+            var.counts = self._lane.counts.advance(var.params)
             self._run(var)
         finally:
-            vars(self).update(usual)
+            self._lane = usual
 
     def _end_step(self) -> None:
         for group in self.param_groups:
@@ -243,7 +244,7 @@ class Modular(torch.optim.Optimizer):
         """Whether this is the step with zero gradients and rates by which `torch.distributed.checkpoint` makes all state."""
         if self.state or any(bool(group["lr"] != 0) for group in self.param_groups):
             return False
-        grads = [param.grad for param in self._all_params() if param.grad is not None]
+        grads = [param.grad for param in all_params(self) if param.grad is not None]
         return bool(grads) and not any(grad.layout is torch.strided and bool(grad.abs().sum() != 0) for grad in grads)
 
     def _make_state(self) -> None:
@@ -255,7 +256,7 @@ class Modular(torch.optim.Optimizer):
         is_plain = all(isinstance(module, Rule) for module in walk(self.modules))
         if not is_plain and not any(module.needs_closure for module in walk(self.modules)):
             before = [param.detach().clone() for param in var.params]
-            self._count(var)
+            var.counts = self._lane.counts.advance(var.params)
             self._run(var)
             for param, value in zip(var.params, before, strict=True):
                 param.copy_(value)
@@ -269,7 +270,7 @@ class Modular(torch.optim.Optimizer):
                 kind = rule.state_type(settings)
                 if kind is not None:
                     rule.set_state(param, rule.init(param, settings))
-        self._share_counts(var.params)
+        self._lane.counts.share(var.params)
 
     def check(self) -> None:
         """Raise what ``step`` would raise about gradients and statistics; without an error this does nothing."""
@@ -337,34 +338,20 @@ class Modular(torch.optim.Optimizer):
             return
         grads = var.grads
         # What follows does not change from step to step; where modules evaluate a closure steps are counted before gradients.
-        if var.check is not None or not _are(var.params, self._counted):
-            self._check_layouts(var.params, grads)
-            is_cheap = all(grad.device.type == "cpu" for grad in grads) and not self._is_differentiable
-            self._is_cheap_to_check = is_cheap and sum(grad.numel() for grad in grads) <= COMPILE_FROM
+        if var.check is not None or not self._lane.counts.knows(var.params):
+            check_layouts(var.params, grads, self._name)
+            self._is_cheap_to_check = is_cheap_to_check(grads) and not self._is_differentiable
         self._check_annotations(var)
-        check = self._is_cheap_to_check if self.error_if_nonfinite is None else self.error_if_nonfinite
-        if check and not _sum_is_finite(grads):  # (a sum of finite numbers may be infinite)
-            bad = [
-                param
-                for param, grad in zip(var.params, grads, strict=True)
-                if not bool(torch.isfinite(_compat.local_part(grad)).all())
-            ]
-            # Another process may have found some; an error in one alone would let the others wait for it.
-            if _compat.sum_over_processes(torch.tensor(len(bad), device=grads[0].device), _spread(grads)) > 0:
-                names = ", ".join(map(self._name, bad[:_MAX_NAMES])) or "a parameter, in the part of another process,"
-                raise NonFiniteError(
-                    f"{self.modules[0].place}: the gradient of {names} holds NaN or "
-                    f"infinities; {self._progress}. Skip the step, or find where they come from with "
-                    "torch.autograd.set_detect_anomaly(True); error_if_nonfinite=False lets them pass as in torch.optim"
-                )
-
-    def _check_layouts(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        for param, grad in zip(params, grads, strict=True):
-            if grad.layout is not torch.strided:
-                raise UnsupportedError(
-                    f"{self._name(param)}: its gradient is sparse ({grad.layout}), which no module reads. Build the embedding "
-                    "with sparse=False, or give this parameter to torch.optim.SparseAdam"
-                )
+        if not (self._is_cheap_to_check if self.error_if_nonfinite is None else self.error_if_nonfinite):
+            return
+        bad = find_nonfinite(var.params, grads)
+        if bad is not None:
+            names = ", ".join(map(self._name, bad[:_MAX_NAMES])) or "a parameter, in the part of another process,"
+            raise NonFiniteError(
+                f"{self.modules[0].place}: the gradient of {names} holds NaN or "
+                f"infinities; {self._progress}. Skip the step, or find where they come from with "
+                "torch.autograd.set_detect_anomaly(True); error_if_nonfinite=False lets them pass as in torch.optim"
+            )
 
     @property
     def _progress(self) -> str:
@@ -404,37 +391,8 @@ class Modular(torch.optim.Optimizer):
                     module.check_setting(name, value)
                     group[keys[name]] = value
 
-    def _count(self, var: Var) -> None:
-        """Count a step for each parameter; those that have made equally many share one tensor."""
-        params = var.params
-        if not (_are(params, self._counted) and _are(map(dict.get, self._entries, repeat("step")), self._counts)):
-            self._share_counts(params)
-        for count in self._distinct_counts:
-            count.add_(1)
-        var.counts = self._counts
-
-    def _share_counts(self, params: Sequence[Tensor]) -> None:
-        capturable = self.defaults["capturable"]
-        shared: dict[Any, Tensor] = {}
-        counts = self._counts
-        counts.clear()
-        self._entries.clear()
-        for param in params:
-            entry = self.state[self._owner_of(param)]
-            step = entry.get("step")
-            device = param.device if capturable else torch.device("cpu")
-            value = 0.0 if step is None else float(step)
-            key = (value, device)
-            if key not in shared:
-                shared[key] = torch.full((), value, dtype=torch.float64, device=device)
-            entry["step"] = shared[key]
-            self._entries.append(entry)
-            counts.append(shared[key])
-        self._counted[:] = params
-        self._distinct_counts[:] = shared.values()
-
     def _run(self, var: Var) -> Var:
-        for segment in self._segments:
+        for segment in self._lane.segments:
             var = segment.run(var) if isinstance(segment, FlatSegment) else segment.step(var)
             if var.stop:
                 break
@@ -463,13 +421,8 @@ class Modular(torch.optim.Optimizer):
         self._names: dict[Tensor, str] = {}
         self._groups: dict[Tensor, int] = {}
         self._reals: dict[Tensor, Tensor] = {}
-        self._counted: list[Tensor] = []  # the parameters of the last step, and their counts
-        self._counts: list[Tensor] = []
-        self._distinct_counts: list[Tensor] = []
         self._is_cheap_to_check = False
-        self._entries: list[dict[str, Any]] = []  # their state
-        self._segments: list[FlatSegment | Module] = []
-        self._lanes: dict[Tensor, dict[str, list[Any]]] = {}  # the same for parameters that step alone
+        self._lanes: dict[Tensor, _Lane] = {}  # of parameters that step alone
         self.in_backward: BackwardSteps | None = None
 
     def _bind(self) -> None:
@@ -479,12 +432,16 @@ class Modular(torch.optim.Optimizer):
             self._named,
             store,
             self._group_of,
-            lambda: next(self._all_params()),
+            lambda: next(all_params(self)),
             replaces=self.defaults["differentiable"],
             on_change=self._forget_plans,
         )
         self._store = store
-        self._segments = list(self._cut())
+        self._lane: _Lane = self._new_lane()
+
+    def _new_lane(self) -> _Lane:
+        counts = StepCounts(lambda param: self.state[self._owner_of(param)], self.defaults["capturable"])
+        return _Lane(list(self._cut()), counts)
 
     def _cut(self) -> Iterator[FlatSegment | Module]:
         mode, capturable = self._mode, self.defaults["capturable"]
@@ -518,9 +475,6 @@ class Modular(torch.optim.Optimizer):
     @property
     def _is_differentiable(self) -> bool:
         return bool(self.defaults["differentiable"])
-
-    def _all_params(self) -> Iterator[Tensor]:
-        return chain.from_iterable(group["params"] for group in self.param_groups)
 
     def _learn_params(self) -> None:
         """Groups and names of the parameters."""
@@ -586,9 +540,9 @@ class Modular(torch.optim.Optimizer):
         return f"a parameter of shape {tuple(owner.shape)}"
 
     def _forget_plans(self) -> None:
-        self._counted.clear()
+        self._lane.counts.forget()
         self._lanes.clear()
-        for segment in self._segments:
+        for segment in self._lane.segments:
             if isinstance(segment, FlatSegment):
                 segment.forget()
         for entry in self._named:
@@ -605,78 +559,16 @@ class Modular(torch.optim.Optimizer):
         loaded: dict[str, Any] = {}
 
         def look(_: Any, final: dict[str, Any]) -> None:
-            self._check_state_dict(final)
+            check_state_dict(self, self._named, self._name, final)
             loaded.update(final)
 
         before = self.register_load_state_dict_pre_hook(look)  # the last one: others may change what is loaded
-        after = self.register_load_state_dict_post_hook(lambda _: self._restore_dtypes(loaded), prepend=True)
+        after = self.register_load_state_dict_post_hook(lambda _: restore_dtypes(self, loaded), prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
             before.remove()
             after.remove()
-
-    def _restore_dtypes(self, state_dict: Mapping[str, Any]) -> None:
-        """Torch casts what it loads to the parameter's dtype."""
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        for identifier, param in zip(saved, self._all_params(), strict=True):
-            for name, value in state_dict["state"].get(identifier, {}).items():
-                if isinstance(value, Tensor):
-                    device = value.device if is_count(name) and not self.defaults["capturable"] else param.device
-                    self.state[param][name] = value.detach().to(device, copy=True)
-
-    def _check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        if not {"state", "param_groups"} <= set(state_dict):
-            raise ModuleError(
-                f"load_state_dict() was given a dictionary with {sorted(map(str, state_dict))}, not what state_dict() returned, "
-                "which has 'state' and 'param_groups'; pass that entry of the checkpoint. Nothing was changed"
-            )
-        groups = state_dict["param_groups"]
-        own = self.defaults["modules"]
-        for group in groups:
-            theirs = group.get("modules")
-            if theirs is None:
-                raise ModuleError(
-                    f"the state_dict was not saved by Modular: no group names its modules, but this optimizer is [{own}]. "
-                    "Load it into an optimizer of the class that saved it; nothing was changed"
-                )
-            if theirs != own:
-                pairs = zip((own + ",").split(","), (theirs + ",").split(","), strict=False)
-                place, (mine, other) = next((i, pair) for i, pair in enumerate(pairs, 1) if pair[0] != pair[1])
-                raise ModuleError(
-                    f"the state_dict was saved by the chain [{theirs}], but this optimizer is [{own}]; they differ at "
-                    f"module {place}: {other or 'none'} there, {mine or 'none'} here. Build the same chain, then load; "
-                    "nothing was changed"
-                )
-        mine, other = [len(g["params"]) for g in self.param_groups], [len(g["params"]) for g in groups]
-        if mine != other:
-            raise ModuleError(
-                f"the state_dict is of another model: its groups hold {other} parameters, those of this optimizer {mine}. "
-                "Give the optimizer the same parameters in the same groups; nothing was changed"
-            )
-        saved = chain.from_iterable(group["params"] for group in groups)
-        for identifier, param in zip(saved, self._all_params(), strict=True):
-            entry = state_dict["state"].get(identifier, {})
-            self._check_entry(param, entry)
-
-    def _check_entry(self, param: Tensor, entry: Mapping[str, Any]) -> None:
-        for module, path, place, _ in self._named:
-            if not isinstance(module, Rule) or not entry:
-                continue
-            like = torch.empty_like(torch.view_as_real(param) if param.is_complex() else param, device="meta")
-            settings = module.get_settings(param)
-            fields = getattr(module.state_type(settings), "_fields", ())
-            if not any(f"{path}.{name}" in entry for name in fields):
-                continue
-            for name, expected in zip(fields, module.init(like, settings), strict=True):
-                value = entry.get(f"{path}.{name}")
-                if value is None or (isinstance(value, Tensor) and value.shape != expected.shape):
-                    got = "nothing" if value is None else f"shape {tuple(value.shape)}"
-                    raise ModuleError(
-                        f"the state_dict is of another model: {place} expects {name} of shape {tuple(expected.shape)} for "
-                        f"{self._name(param)}, and found {got}. Load it into the model that it was saved with; "
-                        "nothing was changed"
-                    )
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -706,6 +598,13 @@ class Modular(torch.optim.Optimizer):
         return f"Modular({', '.join(map(repr, self.modules))})"
 
 
+class _Lane(NamedTuple):
+    """The segments and the counts of parameters that step together."""
+
+    segments: list[FlatSegment | Module]
+    counts: StepCounts
+
+
 class _GroupOf(Mapping[Tensor, dict[str, Any]]):
     def __init__(self, optimizer: Modular) -> None:
         self._optimizer = optimizer
@@ -714,7 +613,7 @@ class _GroupOf(Mapping[Tensor, dict[str, Any]]):
         return self._optimizer._group_of(param)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return self._optimizer._all_params()
+        return all_params(self._optimizer)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -736,27 +635,3 @@ def _check_flags(flags: Mapping[str, Any]) -> None:
         raise OptionError(
             "capturable=True and fused=True; compiled kernels take their numbers from the host. Use foreach=True"
         )
-
-
-def _are(left: Iterable[Any], right: Sequence[Any]) -> bool:
-    """Whether the objects are the same, one by one."""
-    left = list(left)
-    return len(left) == len(right) and all(map(operator.is_, left, right))
-
-
-def _sum_is_finite(grads: Sequence[Tensor]) -> bool:
-    """Whether the sum of all elements is finite, in all processes; one pass and few calls where gradients are small."""
-    kinds = {(type(grad), grad.dtype, grad.device) for grad in grads}
-    if len(kinds) == 1 and type(grads[0]) is Tensor and sum(grad.numel() for grad in grads) <= COMPILE_FROM:
-        flat: Tensor = torch._C._nn.flatten_dense_tensors(list(grads))
-        return bool(torch.isfinite(flat.sum()))
-    sums: dict[torch.device, list[Tensor]] = {}
-    for grad in grads:
-        sums.setdefault(grad.device, []).append(_compat.local_part(grad).sum().to(torch.float32))
-    spread = _spread(grads)
-    return all([bool(_compat.sum_over_processes(torch.stack(some).sum(), spread).isfinite()) for some in sums.values()])
-
-
-def _spread(grads: Sequence[Tensor]) -> Tensor:
-    """One of the gradients, a DTensor if there is one."""
-    return next((grad for grad in grads if _compat.local_part(grad) is not grad), grads[0])

@@ -37,7 +37,7 @@ def recognize(
     """The fused kernel that computes what the rules compute, if there is one."""
     names = tuple(type(rule).__name__ for rule in rules)
     found = _KERNELS.get(names)
-    if found is None or any(not type(rule).__module__.startswith("graphopt.optim.") for rule in rules):
+    if found is None or any(rule.children or not type(rule).__module__.startswith("graphopt.optim.") for rule in rules):
         return None
     settings = {type(rule).__name__: settings_of(rule) for rule in rules}
     if not found.fits(settings):
