@@ -435,10 +435,10 @@ def size_hint(shape_env: object, size: object) -> int:
 
 
 def inductor_decompositions() -> dict[Any, Any]:
-    """What Inductor makes of ATen operators before it generates code."""
-    from torch._inductor.decomposition import select_decomp_table
+    """What Inductor makes of ATen operators before it generates code; random ones aside."""
+    from torch._inductor.decomposition import decompositions
 
-    return dict(select_decomp_table())
+    return dict(decompositions)
 
 
 def compile_kernel(

@@ -69,6 +69,8 @@ class Modular(torch.optim.Optimizer):
         tensor([0.9500])
     """
 
+    _lane: _Lane
+
     def __init__(
         self,
         params: ParamsT | nn.Module,
@@ -437,7 +439,7 @@ class Modular(torch.optim.Optimizer):
             on_change=self._forget_plans,
         )
         self._store = store
-        self._lane: _Lane = self._new_lane()
+        self._lane = self._new_lane()
 
     def _new_lane(self) -> _Lane:
         counts = StepCounts(lambda param: self.state[self._owner_of(param)], self.defaults["capturable"])
