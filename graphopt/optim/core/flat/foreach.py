@@ -36,7 +36,7 @@ _WITH_NUMBER: dict[Any, Callable[..., Any]] = {
     aten.maximum.default: torch._foreach_clamp_min,
     aten.minimum.default: torch._foreach_clamp_max,
 }
-_TAKE_TENSORS = (aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor)
+_TAKE_TENSORS = (aten.mul.Tensor, aten.div.Tensor)  # (with `add` it waits for the device)
 
 
 class Foreach(Interpreter):
@@ -70,7 +70,7 @@ class Foreach(Interpreter):
         lists = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, list)]
         if not lists:
             return n.target(*args, **kwargs)  # type: ignore[operator]
-        call = None if kwargs or not isinstance(args[0], list) else _call(n.target, args[1:])
+        call = None if kwargs or not isinstance(args[0], list) else _call(n.target, args[0][0].dtype, args[1:])
         if call is not None:
             return list(call[0](args[0], *call[1]))
         return [
@@ -81,12 +81,13 @@ class Foreach(Interpreter):
         ]
 
 
-def _call(target: Any, others: Sequence[Any]) -> tuple[Callable[..., Any], list[Any]] | None:
+def _call(target: Any, dtype: torch.dtype, others: Sequence[Any]) -> tuple[Callable[..., Any], list[Any]] | None:
     """The ``_foreach`` function for an operator whose first argument is a list, and its other arguments."""
     others = [arg.item() if isinstance(arg, Tensor) and arg.device.type == "cpu" else arg for arg in others]
     is_device_number = any(isinstance(arg, Tensor) for arg in others)
     if is_device_number:
-        return (_FOREACH[target], others) if target in _TAKE_TENSORS else None
+        # (there a number of float64 would widen the tensors)
+        return (_FOREACH[target], [arg.to(dtype) for arg in others]) if target in _TAKE_TENSORS else None
     if others and not isinstance(others[0], list) and target in _WITH_NUMBER:
         return _WITH_NUMBER[target], others
     function = _FOREACH.get(target)

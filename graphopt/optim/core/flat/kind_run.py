@@ -216,15 +216,17 @@ class KindRun:
             else:
                 found.append(unit.states[name] if name in unit.states else notes[name])
         if self.way == "foreach":
-            return found
+            # Tensors of shape () would be widened by numbers of float64.
+            shaped = zip(found, made.scalars, strict=True)
+            return [t.view(1) if t.dim() == 0 and not is_scalar else t for t, is_scalar in shaped]
         written = {made.elements[target] for target in made.targets}
-        shaped = [
+        whole = [
             (name, tensor)
             for name, tensor, is_scalar in zip(made.elements, found, made.scalars, strict=True)
             if not is_scalar
         ]
-        read_only = [position for position, (name, _) in enumerate(shaped) if name not in written]
-        views = flatten([tensor for _, tensor in shaped], read_only)
+        read_only = [position for position, (name, _) in enumerate(whole) if name not in written]
+        views = flatten([tensor for _, tensor in whole], read_only)
         if views is None:
             return found
         flat = iter(views)
