@@ -54,7 +54,7 @@ class Modular(torch.optim.Optimizer):
         fused: ``True`` runs element-wise modules in compiled kernels, or in torch's own where the chain equals one of its
             optimizers; an error where that fails. ``None`` for this and ``foreach`` chooses by the number of elements.
         error_if_nonfinite: whether to look for NaN and infinities in the gradients before each step, which reads all of
-            them once more. ``None``: only where that costs nothing to speak of, on a CPU with at most a million elements.
+            them once more. ``None``: only where that costs nothing to speak of, on a CPU with at most half a million elements.
 
     Raises:
         OptionError: no modules, something that is none, or an option that means nothing.
