@@ -13,13 +13,13 @@ from torch.optim.optimizer import ParamsT
 
 from graphopt import _compat
 from graphopt import annotations as noted
-from graphopt.errors import ClosureError, MissingAnnotation, NonFiniteError, OptionError, UnsupportedError
+from graphopt.errors import ClosureError, NonFiniteError, OptionError, UnsupportedError
 from graphopt.optim.base_optimizer import is_count
 from graphopt.optim.core.flat.segment import FlatSegment, Mode, apply_updates
 from graphopt.optim.core.gradients import check_layouts, find_nonfinite, is_cheap_to_check
 from graphopt.optim.core.module import Module, Rule, as_chain, walk
 from graphopt.optim.core.naming import bind, check_group, check_names, check_order, name_modules
-from graphopt.optim.core.notes import read_note
+from graphopt.optim.core.notes import check_notes, read_note
 from graphopt.optim.core.state_dicts import all_params, check_state_dict, restore_dtypes
 from graphopt.optim.core.step_counts import StepCounts
 from graphopt.optim.core.store import Store
@@ -30,11 +30,6 @@ if TYPE_CHECKING:
 
 _FLAGS = ("foreach", "capturable", "differentiable", "fused", "maximize")
 _MAX_NAMES = 10
-
-_MISSING = """\
-{place} needs {key} of every parameter, but {num_missing} of {num_params} with a gradient have none: {names}.
-It is provided by {provider}, and exists between backward() and the zero_grad() that follows. Nothing was changed.
-Call graphopt.transform(model) before training; graphopt.records(model) says what the pass skipped, and why."""
 
 
 class Modular(torch.optim.Optimizer):
@@ -343,7 +338,7 @@ class Modular(torch.optim.Optimizer):
         if var.check is not None or not self._lane.counts.knows(var.params):
             check_layouts(var.params, grads, self._name)
             self._is_cheap_to_check = is_cheap_to_check(grads) and not self._is_differentiable
-        self._check_annotations(var)
+        check_notes(self.modules, var, range(len(var.params)), self._name)
         if not (self._is_cheap_to_check if self.error_if_nonfinite is None else self.error_if_nonfinite):
             return
         bad = find_nonfinite(var.params, grads)
@@ -358,32 +353,6 @@ class Modular(torch.optim.Optimizer):
     @property
     def _progress(self) -> str:
         return "nothing was changed" if self.in_backward is None else self.in_backward.progress
-
-    def _check_annotations(self, var: Var) -> None:
-        for entry in self._named:
-            for key in entry.module.reads:
-                missing = []
-                for index, param in enumerate(var.params):
-                    try:
-                        var.notes_of(index, [key])
-                    except MissingAnnotation:
-                        missing.append(param)
-                if missing:
-                    names = "; ".join(map(self._name, missing[:_MAX_NAMES]))
-                    more = f"; and {len(missing) - _MAX_NAMES} more" if len(missing) > _MAX_NAMES else ""
-                    raise MissingAnnotation(
-                        _MISSING.format(
-                            place=entry.place,
-                            key=key.name,
-                            num_missing=len(missing),
-                            num_params=len(var.params),
-                            names=names + more,
-                            provider=key.provider,
-                        )
-                    )
-            if type(entry.module).check_annotations is not Module.check_annotations:
-                for index, param in enumerate(var.params):
-                    entry.module.check_annotations(param, var.notes_of(index, entry.module.reads), self._name)
 
     def _run_schedules(self) -> None:
         for module, _, _, keys in self._named:

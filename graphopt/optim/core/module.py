@@ -76,6 +76,10 @@ class Module:
         """
         raise NotImplementedError(f"{type(self).__name__} has no step(self, var)")
 
+    def params_for(self, child: str, var: Var) -> Sequence[int]:
+        """Which parameters of a step a child sees, by their numbers in ``var.params``; all, if not overridden."""
+        return range(len(var.params))
+
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Raise `OptionError` if hyper-parameters contradict each other; called with all of them."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from graphopt.errors import OptionError
@@ -47,6 +48,10 @@ class Split(Router):
         """By the filter."""
         names = [("false", "true")[is_meant] for is_meant in self.selection.mask(self, var)]
         return [name if name in self.children else None for name in names]
+
+    def params_for(self, child: str, var: Var) -> Sequence[int]:
+        """By the filter."""
+        return [index for index, name in enumerate(self.route(var)) if name == child]
 
     def __repr__(self) -> str:
         parts = [repr(self.selection), *[f"{name}={chain!r}" for name, chain in self.children.items()]]

@@ -376,7 +376,7 @@ def test_a_missing_annotation_names_the_pass(way):
     set_gradients(params[:1], 0)
     params[1].grad = torch.ones_like(params[1])
     text = (
-        r"module 2 of 3, Statistic needs sum_grad_squared of every parameter, but 1 of 2 with a gradient have none: "
+        r"module 2 of 3, Statistic needs sum_grad_squared of its parameters, but 1 of 2 with a gradient have none: "
         r"parameter 'bias', shape \(2,\)\.\nIt is provided by .*TrueGrad.*Nothing was changed\.\nCall graphopt.transform\(model\)"
     )
     with Unchanged(optimizer), pytest.raises(MissingAnnotation, match=text):

@@ -492,3 +492,18 @@ def test_an_untransformed_model():
     plain(torch.ones(3, 4)).sum().backward()
     with pytest.raises(MissingAnnotation, match=r"(?s)'weight'.*graphopt\.transform"):
         optimizer.step()
+
+
+def test_only_the_parameters_that_a_module_sees_need_a_statistic():
+    params = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3))]
+    optimizer = Modular(params, m.Split(lambda p: p.ndim == 2, m.TrueGradAdam(), m.Adam()), m.LR(0.1))
+    set_gradients(params, 0)
+    annotations.clear(params[1:])
+    optimizer.step()
+    assert not torch.equal(params[1], torch.ones(3))
+    set_gradients(params, 1)
+    annotations.clear(params[:1])
+    before = snapshot(params)
+    with pytest.raises(MissingAnnotation, match=r"TrueGradAdam needs sum_grad_squared of its parameters, but 1 of 1 "):
+        optimizer.step()
+    assert largest_difference(params, before) == 0
