@@ -15,7 +15,7 @@ from graphopt.optim.core.flat.bucket import Bucket
 from graphopt.optim.core.flat.foreach import Foreach
 from graphopt.optim.core.flat.program import GRAD, NUMEL, OUT, PARAM, UPDATE, Kind, Program, every_rule, is_dynamic
 from graphopt.optim.core.flat.ragged import ROW_WIDTH, Ragged
-from graphopt.optim.core.flat.torch_kernels import TorchKernel
+from graphopt.optim.core.flat.torch_kernels import Tensors, TorchKernel
 from graphopt.optim.core.module import Rule
 from graphopt.optim.core.var import Var
 from graphopt.optim.flat_kernels import flatten
@@ -154,7 +154,7 @@ class KindRun:
                 assert buffer is not None
                 tensors.append(buffer)
         settings = {path_of(rule): rule.get_settings(self.sources[0]) for rule in self._rules}
-        kernel.run(params, grads, states, self._torch_steps, settings, self.kind.maximize)
+        kernel.run(Tensors(params, grads, states, self._torch_steps, settings, self.kind.maximize))
         if self.bucket is not None:
             self.bucket.scatter(PARAM, members)
 

@@ -16,19 +16,38 @@ from graphopt.optim.core.context import Settings
 from graphopt.optim.core.module import Rule
 
 
+class Tensors(NamedTuple):
+    """What a fused kernel is called with.
+
+    Attributes:
+        params: the parameters.
+        grads: their gradients.
+        states: for each of the kernel's state elements its tensors.
+        steps: the number of steps made before, float32; the kernel adds one to each.
+        settings: of each rule.
+        maximize: whether to go up.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[list[Tensor]]
+    steps: list[Tensor]
+    settings: Mapping[str, Settings]
+    maximize: bool
+
+
 class TorchKernel(NamedTuple):
     """A fused kernel of torch.
 
     Attributes:
         name: of the optimizer in ``torch.optim``.
         states: paths of the state elements that it updates, in its own order.
-        run: ``run(params, grads, states, steps, settings, maximize)``; ``settings`` by path, ``steps`` the number of steps made
-            before, one tensor of float32 for each parameter; it adds one to each.
+        run: makes the step; of `Tensors` whose settings are by path.
     """
 
     name: str
     states: tuple[str, ...]
-    run: Callable[..., None]
+    run: Callable[[Tensors], None]
 
 
 def recognize(
@@ -44,24 +63,20 @@ def recognize(
         return None
     paths = {type(rule).__name__: path_of(rule) for rule in rules}
 
-    def run(
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[list[Tensor]],
-        steps: list[Tensor],
-        settings: Mapping[str, Settings],
-        maximize: bool,
-    ) -> None:
-        found.run(params, grads, states, steps, {name: settings[path] for name, path in paths.items()}, maximize)
+    def run(given: Tensors) -> None:
+        found.run(given._replace(settings={name: given.settings[path] for name, path in paths.items()}))
 
-    return TorchKernel(found.name, tuple(f"{paths[owner]}.{state}" for owner, state in found.states), run)
+    states = found.states
+    if "Adam" in settings and settings["Adam"].amsgrad:
+        states = (*states, ("Adam", "max_exp_avg_sq"))
+    return TorchKernel(found.name, tuple(f"{paths[owner]}.{state}" for owner, state in states), run)
 
 
 class _Entry(NamedTuple):
     name: str
     states: tuple[tuple[str, str], ...]
     fits: Callable[[Mapping[str, Settings]], bool]
-    run: Callable[..., None]
+    run: Callable[[Tensors], None]
 
 
 def _lr(settings: Mapping[str, Settings]) -> Any:
@@ -78,35 +93,28 @@ def _is_plain_decay(settings: Mapping[str, Settings]) -> bool:
 
 def _is_plain_adam(settings: Mapping[str, Settings]) -> bool:
     s = settings["Adam"]
-    return not s.amsgrad and s.debiased and not s.eps_inside and s.alpha == 1 and _is_plain_decay(settings)
+    return s.debiased and not s.eps_inside and s.alpha == 1 and _is_plain_decay(settings)
 
 
-def _adam(function: Callable[..., None]) -> Callable[..., None]:
-    def run(
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[list[Tensor]],
-        steps: list[Tensor],
-        settings: Mapping[str, Settings],
-        maximize: bool,
-    ) -> None:
-        s = settings["Adam"]
+def _adam(function: Callable[..., None]) -> Callable[[Tensors], None]:
+    def run(given: Tensors) -> None:
+        s = given.settings["Adam"]
         function(
-            params,
-            grads,
-            states[0],
-            states[1],
-            [],
-            steps,
+            given.params,
+            given.grads,
+            given.states[0],
+            given.states[1],
+            given.states[2] if s.amsgrad else [],
+            given.steps,
             fused=True,
             foreach=False,
-            amsgrad=False,
+            amsgrad=s.amsgrad,
             beta1=float(s.beta1),
             beta2=float(s.beta2),
-            lr=_lr(settings),
-            weight_decay=_decay(settings),
+            lr=_lr(given.settings),
+            weight_decay=_decay(given.settings),
             eps=float(s.eps),
-            maximize=maximize,
+            maximize=given.maximize,
         )
 
     return run
@@ -119,28 +127,21 @@ def _is_plain_momentum(settings: Mapping[str, Settings]) -> bool:
     return s.dampening == 0 and not s.lerp and not s.get("debiased", False) and _is_plain_decay(settings)
 
 
-def _sgd(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[list[Tensor]],
-    steps: list[Tensor],
-    settings: Mapping[str, Settings],
-    maximize: bool,
-) -> None:
-    s = settings.get("HeavyBall") or settings.get("NAG")
-    momentum: list[Tensor | None] = list(states[0]) if s is not None else [None] * len(params)
+def _sgd(given: Tensors) -> None:
+    s = given.settings.get("HeavyBall") or given.settings.get("NAG")
+    momentum: list[Tensor | None] = list(given.states[0]) if s is not None else [None] * len(given.params)
     sgd(
-        params,
-        grads,
+        given.params,
+        given.grads,
         momentum,
         fused=True,
         foreach=False,
-        weight_decay=_decay(settings),
+        weight_decay=_decay(given.settings),
         momentum=0.0 if s is None else float(s.momentum),
-        lr=float(_lr(settings)),
+        lr=float(_lr(given.settings)),
         dampening=0.0,
-        nesterov="NAG" in settings,
-        maximize=maximize,
+        nesterov="NAG" in given.settings,
+        maximize=given.maximize,
     )
 
 
@@ -149,30 +150,23 @@ def _is_plain_adagrad(settings: Mapping[str, Settings]) -> bool:
     return s.alpha == 1 and s.use_sqrt and s.pow == 2 and _is_plain_decay(settings)
 
 
-def _adagrad(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[list[Tensor]],
-    steps: list[Tensor],
-    settings: Mapping[str, Settings],
-    maximize: bool,
-) -> None:
-    s = settings["Adagrad"]
+def _adagrad(given: Tensors) -> None:
+    s = given.settings["Adagrad"]
     adagrad(
-        params,
-        grads,
-        states[0],
-        steps,
+        given.params,
+        given.grads,
+        given.states[0],
+        given.steps,
         fused=True,
         foreach=False,
         has_sparse_grad=False,
         has_complex=False,
         differentiable=False,
-        lr=float(_lr(settings)),
-        weight_decay=_decay(settings),
+        lr=float(_lr(given.settings)),
+        weight_decay=_decay(given.settings),
         lr_decay=float(s.lr_decay),
         eps=float(s.eps),
-        maximize=maximize,
+        maximize=given.maximize,
     )
 
 
