@@ -8,7 +8,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
+from graphopt import _compat
 from graphopt.annotations import Key
 from graphopt.optim.core.flat import kernels
 from graphopt.optim.core.flat.bucket import Bucket
@@ -75,6 +77,7 @@ class KindRun:
         self.numbers = numbers_of(rules, sources[0])
         self._constants: tuple[tuple[Any, ...], list[Tensor]] | None = None
         self._foreach = Foreach(program)
+        self._ragged: GraphModule | None = None
         # torch's kernels count for each tensor that they are given.
         num_tensors = len(units) + (bucket is not None) if way == "torch" else 0
         self._torch_steps = [count.to(kind.device, torch.float32, copy=True) - 1 for _ in range(num_tensors)]
@@ -127,7 +130,9 @@ class KindRun:
         if self._has_rows:
             rows_kernel(made, self.kind.device)([row, *bucket.rows, *tensors])
         elif made.keeps_apart:
-            _write(made, Ragged(made, bucket.rows)(row, *tensors), tensors)
+            if self._ragged is None:  # traced, because interpreting takes longer than the small tensors do
+                self._ragged = _compat.make_fx(Ragged(made, bucket.rows))(row, *tensors)
+            _write(made, self._ragged(row, *tensors), tensors)
         elif self.way == "kernel":
             long_kernel(made, self.kind.device)([row, *[tensor.view(-1) for tensor in tensors]])
         else:
