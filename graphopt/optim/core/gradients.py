@@ -26,7 +26,7 @@ def check_layouts(params: Sequence[Tensor], grads: Sequence[Tensor], name: Calla
 
 def is_cheap_to_check(grads: Sequence[Tensor]) -> bool:
     """Whether looking for NaN costs nothing to speak of."""
-    return all(grad.device.type == "cpu" for grad in grads) and sum(grad.numel() for grad in grads) <= CHECK_UP_TO
+    return all(grad.device.type == "cpu" for grad in grads) and sum(map(Tensor.numel, grads)) <= CHECK_UP_TO
 
 
 def find_nonfinite(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor] | None:
@@ -50,7 +50,7 @@ def find_nonfinite(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Te
 def _sum_is_finite(grads: Sequence[Tensor]) -> bool:
     """Whether the sum of all elements is finite, in all processes; one pass and few calls where gradients are small."""
     kinds = {(type(grad), grad.dtype, grad.device) for grad in grads}
-    if len(kinds) == 1 and type(grads[0]) is Tensor and sum(grad.numel() for grad in grads) <= CHECK_UP_TO:
+    if len(kinds) == 1 and type(grads[0]) is Tensor and sum(map(Tensor.numel, grads)) <= CHECK_UP_TO:
         flat: Tensor = torch._C._nn.flatten_dense_tensors(list(grads))
         return bool(torch.isfinite(flat.sum()))
     sums: dict[torch.device, list[Tensor]] = {}
