@@ -58,15 +58,15 @@ def name_modules(modules: Sequence[Module]) -> list[Named]:
         counts[path] += 1
         path = path if counts[path] == 1 else f"{path}_{counts[path]}"
         keys = {
-            name: name if module is owner or (len(users[name]) == 1 and name != "lr") else f"{path}.{name}"
-            for name in module.defaults
+            name: name if _is_alone(name, module, users[name], owner) else f"{path}.{name}" for name in module.defaults
         }
-        if module is owner:
-            keys = {
-                name: name if name == "lr" or len(users[name]) == 1 else f"{path}.{name}" for name in module.defaults
-            }
         named.append(Named(module, path, places[id(module)], keys))
     return named
+
+
+def _is_alone(name: str, module: Module, users: Sequence[Module], owner: Module | None) -> bool:
+    """Whether the option of a group has just the hyper-parameter's name."""
+    return module is owner if name == "lr" else len(users) == 1
 
 
 def bind(

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from graphopt.optim.core.flat.program import Program
 from graphopt.optim.core.flat.ragged import ROW_WIDTH, Rows
 
 
 class Bucket:
-    """Buffers for the elements of a program, of many tensors: each tensor fills whole rows, the rest of the last is padding.
+    """Buffers for many small tensors: each fills whole rows, the rest of the last is padding.
 
     Args:
-        program: what is run on the buffers.
         params: the tensors, none distributed, all of one dtype and device.
-        states: for each state element of the program its tensors; they are copied into the buffers, and `views` are to
-            take their places.
+        states: by name what is remembered of each; it is copied into `buffers`, and `views` are to take its places.
+        scalars: the names of what has shape () whatever the shape of the parameter.
         min_rows: at least so many rows.
     """
 
     def __init__(
-        self, program: Program, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]], min_rows: int
+        self,
+        params: Sequence[Tensor],
+        states: Mapping[str, Sequence[Tensor]],
+        scalars: Collection[str] = (),
+        min_rows: int = 0,
     ) -> None:
         device = params[0].device
         lengths = [param.numel() for param in params]
@@ -48,21 +50,17 @@ class Bucket:
             torch.nn.functional.pad(num_valid, (0, spare)).to(device),
             torch.tensor(lengths, dtype=torch.float64, device=device),
         )
-        self.buffers: list[Tensor | None] = []
+        self.buffers: dict[str, Tensor] = {}
         self.views: dict[str, list[Tensor]] = {}
         self._gathered: dict[str, tuple[Tensor, list[Tensor]]] = {}
-        for name, dtype, is_scalar in zip(program.elements, program.dtypes, program.scalars, strict=True):
-            if name not in states:
-                self.buffers.append(None)  # gathered at every step
-            elif is_scalar:
-                buffer = torch.stack([state.reshape(()) for state in states[name]])
-                self.views[name] = list(buffer.unbind())
-                self.buffers.append(buffer)
+        for name, tensors in states.items():
+            if name in scalars:
+                self.buffers[name] = torch.stack([tensor.reshape(()) for tensor in tensors])
+                self.views[name] = list(self.buffers[name].unbind())
             else:
-                buffer = self.new(dtype)
-                self.views[name] = self.split(buffer)
-                torch._foreach_copy_(self.views[name], list(states[name]))
-                self.buffers.append(buffer)
+                self.buffers[name] = self.new(tensors[0].dtype)
+                self.views[name] = self.split(self.buffers[name])
+                torch._foreach_copy_(self.views[name], list(tensors))
 
     def new(self, dtype: torch.dtype) -> Tensor:
         """A buffer of zeros, (num_rows, ROW_WIDTH)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,10 +12,11 @@ from torch.fx import GraphModule
 
 from graphopt import _compat
 from graphopt.annotations import Key
+from graphopt.optim.core.context import Settings
 from graphopt.optim.core.flat import kernels
 from graphopt.optim.core.flat.bucket import Bucket
 from graphopt.optim.core.flat.foreach import Foreach
-from graphopt.optim.core.flat.program import GRAD, NUMEL, OUT, PARAM, UPDATE, Kind, Program, every_rule, is_dynamic
+from graphopt.optim.core.flat.program import GRAD, NUMEL, OUT, PARAM, UPDATE, Kind, Program, read_settings
 from graphopt.optim.core.flat.ragged import ROW_WIDTH, Ragged
 from graphopt.optim.core.flat.torch_kernels import Tensors, TorchKernel
 from graphopt.optim.core.module import Rule
@@ -40,7 +41,7 @@ class KindRun:
 
     Args:
         kind: what they have in common.
-        program: what is run.
+        program: what is run; ``None`` for the way ``"torch"``.
         rules: the rules that it was traced from.
         reads: the annotations that these read.
         way: how it is run.
@@ -56,7 +57,7 @@ class KindRun:
     def __init__(
         self,
         kind: Kind,
-        program: Program,
+        program: Program | None,
         rules: Sequence[Rule],
         reads: Sequence[Key[Any]],
         way: Way,
@@ -68,15 +69,15 @@ class KindRun:
         sources: list[Tensor],
         capturable: bool,
     ) -> None:
-        self.kind, self.program, self.way = kind, program, way
+        self.kind, self.way = kind, way
         self.units, self.members, self.bucket = units, members, bucket
         self.count, self.sources = count, sources
         self._rules, self._reads = rules, reads
-        self._torch_kernel = torch_kernel
+        self._program, self._torch_kernel = program, torch_kernel
         self._capturable = capturable
-        self.numbers = numbers_of(rules, sources[0])
+        self.numbers, _ = read_settings(rules, settings_of(sources[0]))
         self._constants: tuple[tuple[Any, ...], list[Tensor]] | None = None
-        self._foreach = Foreach(program)
+        self._foreach: Foreach | None = None
         self._ragged: GraphModule | None = None
         # torch's kernels count for each tensor that they are given.
         num_tensors = len(units) + (bucket is not None) if way == "torch" else 0
@@ -85,10 +86,10 @@ class KindRun:
     def compile(self) -> None:
         """Compile what a step will need."""
         if self.way == "kernel":
-            if self.units or (self.bucket is not None and not self.program.keeps_apart):
-                long_kernel(self.program, self.kind.device)
+            if self.units or (self.bucket is not None and not self._made.keeps_apart):
+                long_kernel(self._made, self.kind.device)
             if self._has_rows:
-                rows_kernel(self.program, self.kind.device)
+                rows_kernel(self._made, self.kind.device)
 
     @property
     def indices(self) -> list[int]:
@@ -104,6 +105,7 @@ class KindRun:
         elements = [self._elements(unit, var, outs) for unit in self.units]
         if self.way == "foreach":
             if elements:
+                self._foreach = self._foreach or Foreach(self._made)
                 self._foreach(row, *zip(*elements, strict=True))
         else:
             for unit, tensors in zip(self.units, elements, strict=True):
@@ -114,7 +116,7 @@ class KindRun:
     # ---------------------------------------------------------------------------------------------------- the three ways
 
     def _step_long(self, unit: Unit, tensors: list[Tensor], row: Tensor, var: Var) -> None:
-        made = self.program
+        made = self._made
         is_flat = all(t.dim() == 1 for t, is_scalar in zip(tensors, made.scalars, strict=True) if not is_scalar)
         if is_flat and kernels.MIN_ELEMENTS <= var.params[unit.number].numel() <= kernels.MAX_ELEMENTS:
             long_kernel(made, self.kind.device)([row, *tensors])
@@ -122,10 +124,10 @@ class KindRun:
             _write(made, made.body(row, *tensors), tensors)
 
     def _step_bucket(self, bucket: Bucket, row: Tensor, var: Var, outs: list[Tensor | None]) -> None:
-        made = self.program
+        made = self._made
         tensors = [
-            self._gather(bucket, name, dtype, var) if buffer is None else buffer
-            for name, dtype, buffer in zip(made.elements, made.dtypes, bucket.buffers, strict=True)
+            bucket.buffers[name] if name in bucket.buffers else self._gather(bucket, name, dtype, var)
+            for name, dtype in zip(made.elements, made.dtypes, strict=True)
         ]
         if self._has_rows:
             rows_kernel(made, self.kind.device)([row, *bucket.rows, *tensors])
@@ -155,20 +157,23 @@ class KindRun:
             params.append(self.bucket.gather(PARAM, members, self.kind.param_dtype))
             grads.append(self.bucket.gather(GRAD, [all_grads[index] for index in self.members], self.kind.grad_dtype))
             for name, tensors in zip(kernel.states, states, strict=True):
-                buffer = self.bucket.buffers[self.program.elements.index(name)]
-                assert buffer is not None
-                tensors.append(buffer)
+                tensors.append(self.bucket.buffers[name])
         settings = {path_of(rule): rule.get_settings(self.sources[0]) for rule in self._rules}
         kernel.run(Tensors(params, grads, states, self._torch_steps, settings, self.kind.maximize))
         if self.bucket is not None:
             self.bucket.scatter(PARAM, members)
 
     @property
+    def _made(self) -> Program:
+        assert self._program is not None
+        return self._program
+
+    @property
     def _has_rows(self) -> bool:
         return (
             self.way == "kernel"
             and self.bucket is not None
-            and self.program.keeps_apart
+            and self._made.keeps_apart
             and self.bucket.num_rows * ROW_WIDTH >= _COMPILE_ROWS_FROM
         )
 
@@ -187,7 +192,7 @@ class KindRun:
             ]
             self._constants = constants, tensors
         count = self.count.to(device) if self._capturable else self.count
-        row: Tensor | None = self.program.prologue(count, *self._constants[1])
+        row: Tensor | None = self._made.prologue(count, *self._constants[1])
         if row is None:
             return torch.zeros(1, dtype=torch.float64, device=self.kind.device)
         if self.way == "foreach" and not self._capturable:
@@ -200,7 +205,7 @@ class KindRun:
 
     def _elements(self, unit: Unit, var: Var, outs: list[Tensor | None]) -> list[Tensor]:
         """The tensors of the program for one long tensor, one-dimensional where that is possible."""
-        made, index = self.program, unit.number
+        made, index = self._made, unit.number
         param = var.params[index]
         notes = var.notes_of(index, self._reads)
         found: list[Tensor] = []
@@ -255,12 +260,9 @@ class KindRun:
         return bucket.gather(name, [source[index] for index in self.members], dtype)
 
 
-def numbers_of(rules: Sequence[Rule], param: Tensor) -> tuple[Any, ...]:
-    """The numeric hyper-parameters of all rules for one parameter, in the order of a program's numbers."""
-    values: list[Any] = []
-    for rule in every_rule(rules):
-        values += [v for name, v in rule.get_settings(param).items() if is_dynamic(rule, name, v)]
-    return tuple(values)
+def settings_of(param: Tensor) -> Callable[[Rule], Settings]:
+    """The hyper-parameters of rules for a parameter."""
+    return lambda rule: rule.get_settings(param)
 
 
 def path_of(rule: Rule) -> str:

@@ -23,7 +23,7 @@ from graphopt.optim.core.arithmetic import state_dtype
 from graphopt.optim.core.bounds import is_number
 from graphopt.optim.core.context import Context, Settings
 from graphopt.optim.core.flat.tracing import FakeSizes
-from graphopt.optim.core.module import Rule
+from graphopt.optim.core.module import Module, Rule
 
 aten = torch.ops.aten
 
@@ -38,8 +38,10 @@ class Kind(NamedTuple):
     """What a program is traced for.
 
     Attributes:
-        rules: signatures of the rules.
-        dtypes: of parameter and gradient.
+        rules: their `structure`.
+        choices: their hyper-parameters, but for numbers.
+        param_dtype: of the parameter.
+        grad_dtype: of its gradient.
         device: of all tensors.
         writes_param: whether the update is subtracted from the parameter, or handed on.
         takes_grad: whether the incoming update is the gradient itself.
@@ -48,6 +50,7 @@ class Kind(NamedTuple):
     """
 
     rules: tuple[Any, ...]
+    choices: tuple[Any, ...]
     param_dtype: torch.dtype
     grad_dtype: torch.dtype
     device: torch.device
@@ -83,27 +86,59 @@ class Program:
     scalars: tuple[bool, ...]
 
     @property
+    def scalar_names(self) -> set[str]:
+        """The elements that have shape ()."""
+        return {name for name, is_scalar in zip(self.elements, self.scalars, strict=True) if is_scalar}
+
+    @property
     def keeps_apart(self) -> bool:
         """Whether the result for an element depends on which others are in its tensor."""
         return self.reduces or any(self.scalars)
 
 
-def signature(rules: Sequence[Rule], settings_of: Callable[[Rule], Settings]) -> tuple[Any, ...]:
-    """What distinguishes the mathematics of rules, apart from the values of their numbers."""
-    entries: list[Any] = []
-    for rule in rules:
-        settings = settings_of(rule)
-        entries.append(
-            (
-                type(rule),
-                tuple((name, _static(rule, name, value)) for name, value in settings.items()),
-                tuple(
-                    (name, signature([r for r in chain if isinstance(r, Rule)], settings_of))
-                    for name, chain in rule.children.items()
-                ),
-            )
-        )
-    return tuple(entries)
+class _Same(NamedTuple):
+    """A value that equals itself alone, and is kept alive so that no other takes its place."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def structure(rules: Sequence[Rule]) -> tuple[Any, ...]:
+    """Which rules stand where in a run."""
+    return tuple(
+        (type(rule), tuple((name, structure(_rules_of(chain))) for name, chain in rule.children.items()))
+        for rule in rules
+    )
+
+
+def read_settings(
+    rules: Sequence[Rule], settings_of: Callable[[Rule], Settings]
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The hyper-parameters of a run of rules.
+
+    Returns:
+        Those that are inputs of a program, in the order of its ``numbers``; and everything else on which the mathematics
+        may depend, own attributes of the rules included, in a form that can be compared.
+    """
+    numbers: list[Any] = []
+    choices: list[Any] = []
+    for rule in every_rule(rules):
+        for name, value in settings_of(rule).items():
+            if is_dynamic(rule, name, value):
+                numbers.append(value)
+                choices.append(float)
+            else:
+                choices.append(_frozen(value))
+        choices += [(name, _frozen(value)) for name, value in vars(rule).items() if name not in _OF_EVERY_RULE]
+    return tuple(numbers), tuple(choices)
 
 
 def is_dynamic(rule: Rule, name: str, value: Any) -> bool:
@@ -192,10 +227,7 @@ class _Recipe:
             for rule in rules:
                 path = self.path_of(rule)
                 settings = Settings({n: numbers.get(f"{path}.{n}", v) for n, v in self.settings[path].items()})
-                operands = {
-                    name: run([r for r in chain if isinstance(r, Rule)], update)
-                    for name, chain in rule.children.items()
-                }
+                operands = {name: run(_rules_of(chain), update) for name, chain in rule.children.items()}
                 context = Context(
                     param=wide_param,
                     grad=grad,
@@ -226,18 +258,27 @@ def every_rule(rules: Sequence[Rule]) -> list[Rule]:
     for rule in rules:
         found.append(rule)
         for chain in rule.children.values():
-            found += every_rule([module for module in chain if isinstance(module, Rule)])
+            found += every_rule(_rules_of(chain))
     return found
 
 
-def _static(rule: Rule, name: str, value: Any) -> Any:
-    if is_dynamic(rule, name, value):
-        return float
-    try:
-        hash(value)
-    except TypeError:
-        return id(value)
-    return value
+def _rules_of(chain: Sequence[Module]) -> list[Rule]:
+    return [module for module in chain if isinstance(module, Rule)]
+
+
+_OF_EVERY_RULE = frozenset(vars(Rule()))
+
+
+def _frozen(value: Any) -> Any:
+    """A value in a form that can be compared and hashed, and does not change when the value does."""
+    if isinstance(value, (list, tuple)):
+        return (type(value), *map(_frozen, value))
+    if isinstance(value, (dict, set, frozenset)):
+        items = value.items() if isinstance(value, dict) else value
+        return (type(value), frozenset(map(_frozen, items)))
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        return value
+    return _Same(value)
 
 
 def _split(graph_module: GraphModule, recipe: _Recipe, names: Sequence[str]) -> Program:

@@ -15,7 +15,7 @@ from graphopt import _compat
 from graphopt.optim.core.context import Settings
 from graphopt.optim.core.flat import kernels, program, torch_kernels
 from graphopt.optim.core.flat.bucket import Bucket
-from graphopt.optim.core.flat.kind_run import KindRun, Unit, Way, numbers_of, path_of
+from graphopt.optim.core.flat.kind_run import KindRun, Unit, Way, path_of, settings_of
 from graphopt.optim.core.flat.program import Kind, Program, every_rule
 from graphopt.optim.core.flat.ragged import ROW_WIDTH
 from graphopt.optim.core.module import Rule
@@ -48,6 +48,7 @@ class FlatSegment:
 
     def __init__(self, rules: Sequence[Rule], mode: Mode, writes_param: bool, capturable: bool) -> None:
         self.rules = list(rules)
+        self._structure = program.structure(rules)
         self.mode = mode
         self.writes_param = writes_param
         self.capturable = capturable
@@ -91,21 +92,22 @@ class FlatSegment:
             return False
         current = map(dict.get, self._state_entries, self._state_keys)
         return all(map(operator.is_, current, self._state)) and all(
-            self._has_same_numbers(run, var) for run in self._plan
+            self._has_same_settings(run, var) for run in self._plan
         )
 
-    def _has_same_numbers(self, run: KindRun, var: Var) -> bool:
-        """Whether the tensors of a kind still share their numbers; new ones are taken over."""
+    def _has_same_settings(self, run: KindRun, var: Var) -> bool:
+        """Whether the tensors of a kind still share their settings; new numbers are taken over."""
         indices = run.indices
         assert var.counts is not None
         if run.count is not var.counts[indices[0]]:
             return False
         if self._reads and len({run.note_numbers(var, index) for index in indices}) > 1:
             return False
-        numbers = [numbers_of(self.rules, source) for source in run.sources]
-        if any(other != numbers[0] for other in numbers[1:]):
+        read = [program.read_settings(self.rules, settings_of(source)) for source in run.sources]
+        numbers = read[0][0]
+        if any(others != numbers or choices != run.kind.choices for others, choices in read):
             return False
-        run.numbers = numbers[0]
+        run.numbers = numbers
         return True
 
     def _make_plan(self, var: Var, takes_grad: bool) -> None:
@@ -117,9 +119,11 @@ class FlatSegment:
             if mode == "loop" or type(param) not in (Tensor, torch.nn.Parameter) or param.numel() == 0:
                 self._loop.append(index)
                 continue
+            numbers, choices = program.read_settings(self.rules, settings_of(param))
             notes = tuple((name, _note_dtype(value)) for name, value in var.notes_of(index, self._reads).items())
             kind = Kind(
-                program.signature(self.rules, lambda rule, p=param: rule.get_settings(p)),  # type: ignore[misc]
+                self._structure,
+                choices,
                 param.dtype,
                 var.grads[index].dtype,
                 param.device,
@@ -128,10 +132,10 @@ class FlatSegment:
                 var.maximize,
                 notes,
             )
-            numbers = tuple(id(n) if isinstance(n, Tensor) else n for n in numbers_of(self.rules, param))
+            same = tuple(id(number) if isinstance(number, Tensor) else number for number in numbers)
             assert var.counts is not None
             note_numbers = tuple(v for v in var.notes_of(index, self._reads).values() if not isinstance(v, Tensor))
-            groups[kind, numbers, id(var.counts[index]), note_numbers].append(index)
+            groups[kind, same, id(var.counts[index]), note_numbers].append(index)
         for (kind, _, _, _), indices in groups.items():
             self._plan_kind(kind, indices, var, mode)
 
@@ -141,7 +145,7 @@ class FlatSegment:
         if self.capturable:
             return "foreach"
         if self.writes_param and var.update is None:
-            kernel = torch_kernels.recognize(self.rules, _settings_of(var.params[0]), path_of)
+            kernel = torch_kernels.recognize(self.rules, settings_of(var.params[0]), path_of)
             kinds = {(param.device, param.dtype) for param in var.params}
             if kernel is not None and all(torch_kernels.supports(kernel, *kind) for kind in kinds):
                 return "auto-fused"  # nothing is compiled
@@ -151,14 +155,13 @@ class FlatSegment:
 
     def _plan_kind(self, kind: Kind, indices: list[int], var: Var, mode: str) -> None:
         params = [var.params[index] for index in indices]
-        settings_of = _settings_of(params[0])
-        made = _program(kind, self.rules, settings_of)
         way: Way = "kernel" if mode in ("fused", "auto-fused") else "foreach"
         torch_kernel = None
         if way == "kernel" and kind.writes_param and kind.takes_grad:
-            torch_kernel = torch_kernels.recognize(self.rules, settings_of, path_of)
+            torch_kernel = torch_kernels.recognize(self.rules, settings_of(params[0]), path_of)
             if torch_kernel is not None and torch_kernels.supports(torch_kernel, kind.device, kind.param_dtype):
                 way = "torch"
+        made = None if way == "torch" else _program(kind, self.rules, settings_of(params[0]))
         states = [self._state_of(param) for param in params]
         assert var.counts is not None
         count = var.counts[indices[0]]
@@ -166,7 +169,7 @@ class FlatSegment:
 
         def make(way: Way) -> KindRun:
             small = _small(params, way, kind.device)
-            bucket = self._make_bucket(made, params, states, small, way)
+            bucket = self._make_bucket(made, params, states, small, way) if small else None
             units = [Unit(indices[i], states[i]) for i in range(len(params)) if i not in set(small)]
             members = [indices[i] for i in small]
             return KindRun(
@@ -212,15 +215,12 @@ class FlatSegment:
         return found
 
     def _make_bucket(
-        self, made: Program, params: list[Tensor], states: list[dict[str, Tensor]], small: list[int], way: Way
-    ) -> Bucket | None:
+        self, made: Program | None, params: list[Tensor], states: list[dict[str, Tensor]], small: list[int], way: Way
+    ) -> Bucket:
         """Move the state of small tensors into a bucket."""
-        if not small:
-            return None
-        names = [name for name in made.elements if name in states[0]]
+        inside = {name: [states[i][name] for i in small] for name in states[small[0]]}
         min_rows = -(-kernels.MIN_ELEMENTS // ROW_WIDTH) if way == "kernel" else 0
-        inside = {name: [states[i][name] for i in small] for name in names}
-        bucket = Bucket(made, [params[i] for i in small], inside, min_rows)
+        bucket = Bucket([params[i] for i in small], inside, () if made is None else made.scalar_names, min_rows)
         for name, views in bucket.views.items():
             for i, view in zip(small, views, strict=True):
                 states[i][name] = view
@@ -253,10 +253,6 @@ def apply_updates(params: Sequence[Tensor], updates: Sequence[Tensor]) -> None:
 
 def _note_dtype(value: Any) -> torch.dtype | None:
     return value.dtype if isinstance(value, Tensor) else None
-
-
-def _settings_of(param: Tensor) -> Callable[[Rule], Settings]:
-    return lambda rule: rule.get_settings(param)
 
 
 def _small(params: Sequence[Tensor], way: Way, device: torch.device) -> list[int]:

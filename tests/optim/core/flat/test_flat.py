@@ -1,5 +1,6 @@
 """Programs, the passes they are cut into, and the ways to run them, against the rules one tensor at a time."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,7 +64,8 @@ def trace(modules, dtype=torch.float64):
     device = torch.device("cpu")
     first = params[0]
     settings_of = lambda rule: rule.get_settings(first)  # noqa: E731
-    kind = Kind(program.signature(optimizer.modules, settings_of), dtype, dtype, device, True, True, False, ())
+    _, choices = program.read_settings(optimizer.modules, settings_of)
+    kind = Kind(program.structure(optimizer.modules), choices, dtype, dtype, device, True, True, False, ())
     return optimizer, params, program.trace(kind, optimizer.modules, settings_of, path_of)
 
 
@@ -140,9 +142,10 @@ def run_foreach(made, optimizer, params, grads, states, count):
 
 def run_ragged(made, optimizer, params, grads, states, count):
     names = [name for name in made.elements if name not in (PARAM, GRAD, NUMEL)]
-    bucket = Bucket(made, params, {name: [state[name] for state in states] for name in names}, 0)
+    bucket = Bucket(params, {name: [state[name] for state in states] for name in names}, made.scalar_names)
     elements = []
-    for name, dtype, buffer in zip(made.elements, made.dtypes, bucket.buffers, strict=True):
+    for name, dtype in zip(made.elements, made.dtypes, strict=True):
+        buffer = bucket.buffers.get(name)
         gathered = {PARAM: params, GRAD: grads}
         if name == NUMEL:
             buffer = bucket.rows.numel
@@ -199,8 +202,7 @@ def test_numbers_stay_out_of_the_body():
 @given(sizes=st.lists(st.integers(0, 400), min_size=1, max_size=6))
 def test_rows_hold_any_sizes(sizes):
     params = [torch.nn.Parameter(torch.arange(float(size), dtype=torch.float64)) for size in sizes]
-    _, _, made = trace([m.LR(0.1)])
-    bucket = Bucket(made, params, {}, 3)
+    bucket = Bucket(params, {}, min_rows=3)
     gathered = bucket.gather(PARAM, params, torch.float64)
     assert gathered.shape == (bucket.num_rows, 128)
     assert bucket.num_rows >= 3
@@ -211,3 +213,58 @@ def test_rows_hold_any_sizes(sizes):
     sums = torch.zeros(len(params), dtype=torch.float64).index_add(0, bucket.rows.owner, (gathered * is_valid).sum(1))
     torch.testing.assert_close(sums, torch.stack([param.detach().sum() for param in params]))
     assert int(is_valid.sum()) == sum(sizes)
+
+
+class Powered(Rule):
+    """Has a number that is no hyper-parameter, and a list that is one."""
+
+    def __init__(self, power, factors):
+        super().__init__({"factors": factors})
+        self.power = power
+
+    def update(self, update, state, settings, context):
+        return update.abs() ** self.power * update.sign() * settings.factors[0], state
+
+
+CHANGES = {
+    "a choice": (lambda: [m.Adam(), m.WeightDecay(0.1), m.LR(0.1)], lambda o: o.param_groups[0].update(ord=1)),
+    "a choice of torch's kernel": (
+        lambda: [m.Adam(eps=0.1), m.LR(0.1)],
+        lambda o: o.param_groups[0].update(eps_inside=True),
+    ),
+    "more state": (lambda: [m.Adam(), m.LR(0.1)], lambda o: o.param_groups[0].update(amsgrad=True)),
+    "a number from nothing": (
+        lambda: [m.NormalizeByEMA(max_ema_growth=None), m.LR(0.1)],
+        lambda o: o.param_groups[0].update(max_ema_growth=1.1),
+    ),
+    "an attribute": (lambda: [Powered(1.0, [1.0]), m.LR(0.1)], lambda o: setattr(o.modules[0], "power", 2.0)),
+    "a list": (lambda: [Powered(1.0, [1.0]), m.LR(0.1)], lambda o: o.param_groups[0]["factors"].__setitem__(0, 3.0)),
+    "another number": (lambda: [Powered(3.0, [1.0]), m.LR(0.1)], lambda o: None),
+    "another list": (lambda: [Powered(1.0, [5.0]), m.LR(0.1)], lambda o: None),
+}
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {}], ids=str)
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_is_followed(change, options):
+    chain, apply = CHANGES[change]
+    results = []
+    for flags in ({"foreach": False}, options):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in [(30, 20)] * 40]
+        optimizer = Modular(params, *chain(), **flags)
+        for number in range(4):
+            if number == 2:
+                apply(optimizer)
+            step_by_loop(optimizer, params, [torch.randn_like(param) for param in params])
+        results.append([param.detach() for param in params])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-13)
+
+
+def test_nothing_is_traced_for_kernels_of_torch(monkeypatch):
+    monkeypatch.setattr(program, "trace", None)
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in SHAPES]
+    step_by_loop(
+        Modular(params, m.Adam(), m.WeightDecay(0.1), m.LR(0.1)), params, [torch.ones(shape) for shape in SHAPES]
+    )
+    assert all(bool((param < 1).all()) for param in params)
