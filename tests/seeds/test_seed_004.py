@@ -11,7 +11,7 @@ from torch.utils import _pytree
 from graphopt.optim.functional import (
     DEFAULT_OPTIMIZER_CONFIGS,
     DEFAULT_OPTIMIZER_STATES,
-    OPTIMIZER_STEPS,
+    OPTIMIZER_STEP,
     PARAMS_GRADS_TYPE,
     AdamConfig,
     LARSConfig,
@@ -100,7 +100,7 @@ def register():
 
     yield register
     for name in names:
-        for registry in (DEFAULT_OPTIMIZER_CONFIGS, DEFAULT_OPTIMIZER_STATES, OPTIMIZER_STEPS):
+        for registry in (DEFAULT_OPTIMIZER_CONFIGS, DEFAULT_OPTIMIZER_STATES, OPTIMIZER_STEP):
             del registry[name]
 
 
@@ -168,7 +168,7 @@ def test_example_as_it_was_meant(register, momentum, weight_decay):
 
 def test_what_the_text_names():
     """Config, state and stepper of every optimizer; Adam is AdamW, too; both are those of torch."""
-    assert set(DEFAULT_OPTIMIZER_CONFIGS) == set(DEFAULT_OPTIMIZER_STATES) == set(OPTIMIZER_STEPS)
+    assert set(DEFAULT_OPTIMIZER_CONFIGS) == set(DEFAULT_OPTIMIZER_STATES) == set(OPTIMIZER_STEP)
     assert get_optimizer_step("sgd") is sgd_step
     assert get_optimizer_step("adam") is get_optimizer_step("adamw") is adam_step
     assert type(DEFAULT_OPTIMIZER_CONFIGS["adamw"]()) is type(DEFAULT_OPTIMIZER_CONFIGS["adam"]()) is AdamConfig

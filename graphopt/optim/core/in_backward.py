@@ -127,7 +127,7 @@ class BackwardSteps:
             return
         left = [param for param in self._params() if param.grad is not None]
         if left:
-            name = self._optimizer._name
+            name = self._optimizer.param_table.describe
             names = "; ".join(map(name, left[:_MAX_NAMES])) + ("; ..." if len(left) > _MAX_NAMES else "")
             raise UnsupportedError(
                 f"this optimizer steps in backward, but {len(left)} of its parameters have a gradient that no backward pass "
@@ -160,13 +160,13 @@ class BackwardSteps:
         optimizer = self._optimizer
         with self._lock:
             try:
-                if optimizer._group_of(param)["frozen"]:
+                if optimizer.param_table.group(param)["frozen"]:
                     return
                 if id(param) in self._moved:
                     raise UnsupportedError(
-                        f"{optimizer._name(param)}: a second gradient arrives before optimizer.step(), but the first has "
-                        f"moved it already ({self.progress}). An optimizer in backward cannot accumulate gradients over several "
-                        "backward passes, nor over reentrant checkpoints that share a parameter (use_reentrant=False): call "
+                        f"{optimizer.param_table.describe(param)}: a second gradient arrives before optimizer.step(), but "
+                        f"the first has moved it already ({self.progress}). An optimizer in backward cannot accumulate "
+                        "gradients over several backward passes, nor over reentrant checkpoints that share a parameter (use_reentrant=False): call "
                         "optimizer.step() after each backward(), or leave fuse_into_backward out"
                     )
                 if not self._moved:
@@ -201,7 +201,7 @@ def _optimizer_of(model: nn.Module, modules: tuple[Any, ...], flags: dict[str, A
     own = {id(param) for param in model.parameters()}
     foreign = [param for group in found.param_groups for param in group["params"] if id(param) not in own]
     if foreign:
-        names = "; ".join(map(found._name, foreign[:_MAX_NAMES]))
+        names = "; ".join(map(found.param_table.describe, foreign[:_MAX_NAMES]))
         raise OptionError(f"fuse_into_backward(model, optimizer): the optimizer's {names} belongs to another model")
     return found
 
@@ -220,8 +220,8 @@ def _check_chain(optimizer: Modular) -> None:
         for param in group["params"]:
             if isinstance(param, StoredTensor):
                 raise UnsupportedError(
-                    f"{optimizer._name(param)} lives in a store (LayerToLayer), from where a step fetches it; call "
-                    "optimizer.step() after backward()"
+                    f"{optimizer.param_table.describe(param)} lives in a store (LayerToLayer), from where a step fetches it; "
+                    "call optimizer.step() after backward()"
                 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -20,6 +20,7 @@ from graphopt.optim.core.gradients import check_layouts, find_nonfinite, is_chea
 from graphopt.optim.core.module import Module, Rule, as_chain, walk
 from graphopt.optim.core.naming import bind, check_group, check_names, check_order, name_modules
 from graphopt.optim.core.notes import check_notes, read_note
+from graphopt.optim.core.param_table import ParamTable
 from graphopt.optim.core.state_dicts import all_params, check_state_dict, restore_dtypes
 from graphopt.optim.core.step_counts import StepCounts
 from graphopt.optim.core.store import Store
@@ -144,7 +145,6 @@ class Modular(torch.optim.Optimizer):
                     "it is an option of the whole optimizer"
                 )
         super().add_param_group(param_group)
-        self._is_known = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients as torch does, and the statistics that belong to them."""
@@ -257,7 +257,7 @@ class Modular(torch.optim.Optimizer):
             self._run(var)
             for param, value in zip(var.params, before, strict=True):
                 param.copy_(value)
-                for name, entry in self.state[self._owner_of(param)].items():
+                for name, entry in self.state[self.param_table.owner(param)].items():
                     if is_count(name.rpartition(".")[2]) and isinstance(entry, Tensor):
                         entry.zero_()
         for rule in walk(rules) if is_plain else rules:
@@ -309,11 +309,15 @@ class Modular(torch.optim.Optimizer):
             raise OptionError(
                 "maximize=True with modules that evaluate the closure; return the negative loss from it instead"
             )
-        if not self._is_known or [len(group["params"]) for group in self.param_groups] != self._layout:
-            self._learn_params()
+        if self.param_table.refresh():
             self._forget_plans()
-        if self._has_complex:
-            params, grads = self._as_real(params, grads, with_all)
+        if self.param_table.has_complex:
+            if with_all and any(param.is_complex() for param in params):
+                raise UnsupportedError(
+                    "a parameter is complex, and a module evaluates the closure; make torch.view_as_real(param) the parameter"
+                )
+            params = self.param_table.real(params)
+            grads = [torch.view_as_real(g) if g.is_complex() and g.layout is torch.strided else g for g in grads]
         return Var(
             params,
             grads=None if with_all else grads,
@@ -324,8 +328,8 @@ class Modular(torch.optim.Optimizer):
             state=self.state,
             settings=_GroupOf(self),
             annotations=read_note,
-            names=self._names,
-            source_of=self._source_of,
+            names=self.param_table.names,
+            source_of=self.param_table.source,
             maximize=maximize,
         )
 
@@ -336,14 +340,17 @@ class Modular(torch.optim.Optimizer):
         grads = var.grads
         # What follows does not change from step to step; where modules evaluate a closure steps are counted before gradients.
         if var.check is not None or not self._lane.counts.knows(var.params):
-            check_layouts(var.params, grads, self._name)
+            check_layouts(var.params, grads, self.param_table.describe)
             self._is_cheap_to_check = is_cheap_to_check(grads) and not self._is_differentiable
-        check_notes(self.modules, var, range(len(var.params)), self._name)
+        check_notes(self.modules, var, range(len(var.params)), self.param_table.describe)
         if not (self._is_cheap_to_check if self.error_if_nonfinite is None else self.error_if_nonfinite):
             return
         bad = find_nonfinite(var.params, grads)
         if bad is not None:
-            names = ", ".join(map(self._name, bad[:_MAX_NAMES])) or "a parameter, in the part of another process,"
+            names = (
+                ", ".join(map(self.param_table.describe, bad[:_MAX_NAMES]))
+                or "a parameter, in the part of another process,"
+            )
             raise NonFiniteError(
                 f"{self.modules[0].place}: the gradient of {names} holds NaN or "
                 f"infinities; {self._progress}. Skip the step, or find where they come from with "
@@ -377,7 +384,7 @@ class Modular(torch.optim.Optimizer):
         if self._has_lr:
             return updates
         return [
-            update if (lr := self._lr_of(param)) == 1 else update * lr
+            update if (lr := self.param_table.group(param)["lr"]) == 1 else update * lr
             for param, update in zip(var.params, updates, strict=True)
         ]
 
@@ -386,32 +393,28 @@ class Modular(torch.optim.Optimizer):
     def _configure(self) -> None:
         """What follows from the modules."""
         self._has_lr = any("lr" in entry.keys.values() for entry in self._named)
-        self._is_known = False
-        self._layout: list[int] = []  # how many parameters each group has
-        self._has_complex = False
-        self._names: dict[Tensor, str] = {}
-        self._groups: dict[Tensor, int] = {}
-        self._reals: dict[Tensor, Tensor] = {}
         self._is_cheap_to_check = False
         self._lanes: dict[Tensor, _Lane] = {}  # of parameters that step alone
         self.in_backward: BackwardSteps | None = None
 
     def _bind(self) -> None:
         """Give the modules their places, and sort them into segments."""
-        store = Store(self.state)
+        self._store = Store(self.state)
+        self.param_table = ParamTable(
+            self, self._store, lambda param: any(param in e.module.overridden for e in self._named)
+        )
         bind(
             self._named,
-            store,
-            self._group_of,
+            self._store,
+            self.param_table.group,
             lambda: next(all_params(self)),
             replaces=self.defaults["differentiable"],
             on_change=self._forget_plans,
         )
-        self._store = store
         self._lane = self._new_lane()
 
     def _new_lane(self) -> _Lane:
-        counts = StepCounts(lambda param: self.state[self._owner_of(param)], self.defaults["capturable"])
+        counts = StepCounts(lambda param: self.state[self.param_table.owner(param)], self.defaults["capturable"])
         return _Lane(list(self._cut()), counts)
 
     def _cut(self) -> Iterator[FlatSegment | Module]:
@@ -447,69 +450,6 @@ class Modular(torch.optim.Optimizer):
     def _is_differentiable(self) -> bool:
         return bool(self.defaults["differentiable"])
 
-    def _learn_params(self) -> None:
-        """Groups and names of the parameters."""
-        self._names, self._groups = {}, {}
-        self._layout = [len(group["params"]) for group in self.param_groups]
-        for index, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [None] * len(group["params"])
-            for param, name in zip(group["params"], names, strict=True):
-                self._groups[param] = index
-                if name is not None:
-                    self._names[param] = name
-        self._has_complex = any(param.is_complex() for param in self._groups)
-        self._is_known = True
-
-    def _owner_of(self, param: Tensor) -> Tensor:
-        return self._store.owner(param)
-
-    def _group_of(self, param: Tensor) -> dict[str, Any]:
-        if not self._is_known:
-            self._learn_params()
-        index = self._groups.get(self._owner_of(param))
-        return self.param_groups[0 if index is None else index]
-
-    def _source_of(self, param: Tensor) -> Any:
-        owner = self._owner_of(param)
-        overridden = any(owner in entry.module.overridden for entry in self._named)
-        return (id(owner) if overridden else -1, self._groups.get(owner, 0))
-
-    def _lr_of(self, param: Tensor) -> Any:
-        return self._group_of(param)["lr"]
-
-    def _as_real(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], with_all: bool
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Complex parameters as real ones with one more axis, as torch's own optimizers take them."""
-        if with_all and any(param.is_complex() for param in params):
-            raise UnsupportedError(
-                "a parameter is complex, and a module evaluates the closure; make torch.view_as_real(param) the parameter"
-            )
-        reals = []
-        for param in params:
-            if not param.is_complex():
-                reals.append(param)
-                continue
-            known = self._reals.get(param)
-            if known is None or known.data_ptr() != param.data_ptr():
-                known = torch.view_as_real(param.detach())
-                self._reals[param] = known
-                self._store.stand_in(known, param, "")
-                self._names[known] = self._names.get(param, "")
-            reals.append(known)
-        return reals, [torch.view_as_real(g) if g.is_complex() and g.layout is torch.strided else g for g in grads]
-
-    def _name(self, param: Tensor) -> str:
-        """The parameter for an error."""
-        owner = self._owner_of(param)
-        for group_index, group in enumerate(self.param_groups):
-            for index, candidate in enumerate(group["params"]):
-                if candidate is owner:
-                    names = group.get("param_names")
-                    place = f"parameter {names[index]!r}" if names else f"parameter {index} of group {group_index}"
-                    return f"{place}, shape {tuple(owner.shape)}"
-        return f"a parameter of shape {tuple(owner.shape)}"
-
     def _forget_plans(self) -> None:
         self._lane.counts.forget()
         self._lanes.clear()
@@ -530,7 +470,7 @@ class Modular(torch.optim.Optimizer):
         loaded: dict[str, Any] = {}
 
         def look(_: Any, final: dict[str, Any]) -> None:
-            check_state_dict(self, self._named, self._name, final)
+            check_state_dict(self, self._named, self.param_table.describe, final)
             loaded.update(final)
 
         before = self.register_load_state_dict_pre_hook(look)  # the last one: others may change what is loaded
@@ -562,7 +502,7 @@ class Modular(torch.optim.Optimizer):
             self._bind()
         else:
             self._store.entries = self.state
-        self._is_known = False
+            self.param_table.forget()
         self._forget_plans()
 
     def __repr__(self) -> str:
@@ -581,7 +521,7 @@ class _GroupOf(Mapping[Tensor, dict[str, Any]]):
         self._optimizer = optimizer
 
     def __getitem__(self, param: Tensor) -> dict[str, Any]:
-        return self._optimizer._group_of(param)
+        return self._optimizer.param_table.group(param)
 
     def __iter__(self) -> Iterator[Tensor]:
         return all_params(self._optimizer)

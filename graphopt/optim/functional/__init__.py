@@ -16,7 +16,6 @@ from graphopt.optim.functional.grad_scaler import update_scale as update_scale
 from graphopt.optim.functional.registry import DEFAULT_OPTIMIZER_CONFIGS as DEFAULT_OPTIMIZER_CONFIGS
 from graphopt.optim.functional.registry import DEFAULT_OPTIMIZER_STATES as DEFAULT_OPTIMIZER_STATES
 from graphopt.optim.functional.registry import OPTIMIZER_STEP as OPTIMIZER_STEP
-from graphopt.optim.functional.registry import OPTIMIZER_STEPS as OPTIMIZER_STEPS
 from graphopt.optim.functional.registry import get_optimizer_step as get_optimizer_step
 from graphopt.optim.functional.registry import init_optimizer_state as init_optimizer_state
 from graphopt.optim.functional.registry import register_optimizer as register_optimizer

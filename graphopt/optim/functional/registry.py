@@ -35,7 +35,7 @@ DEFAULT_OPTIMIZER_STATES: dict[str, Callable[[Any], OPTIMIZER_STATE_TYPE]] = {
 }
 """By name what makes the state of a model, or of a pytree of parameters."""
 
-OPTIMIZER_STEPS: dict[str, Callable[..., tuple[Any, OPTIMIZER_STATE_TYPE]]] = {
+OPTIMIZER_STEP: dict[str, Callable[..., tuple[Any, OPTIMIZER_STATE_TYPE]]] = {
     "adam": adam_step,
     "adamw": adam_step,
     "decoupled_adam": adam_step,
@@ -43,8 +43,6 @@ OPTIMIZER_STEPS: dict[str, Callable[..., tuple[Any, OPTIMIZER_STATE_TYPE]]] = {
     "sgd": sgd_step,
 }
 """By name ``step(params, grads, opt_state, config) -> (params, opt_state)``."""
-
-OPTIMIZER_STEP = OPTIMIZER_STEPS  # optorch's own name
 
 
 def register_optimizer(
@@ -67,13 +65,13 @@ def register_optimizer(
     Raises:
         OptionError: the name is taken.
     """
-    if name in OPTIMIZER_STEPS and not replace:
+    if name in OPTIMIZER_STEP and not replace:
         raise OptionError(
             f"register_optimizer({name!r}): there is one of this name; choose another name, or pass replace=True"
         )
     DEFAULT_OPTIMIZER_CONFIGS[name] = config
     DEFAULT_OPTIMIZER_STATES[name] = state
-    OPTIMIZER_STEPS[name] = step
+    OPTIMIZER_STEP[name] = step
 
 
 def init_optimizer_state(optimizer_name: str, model: Any) -> OPTIMIZER_STATE_TYPE:
@@ -105,7 +103,7 @@ def get_optimizer_step(optimizer_name: str) -> Callable[..., tuple[Any, OPTIMIZE
     Raises:
         OptionError: there is no optimizer of this name.
     """
-    return _find(OPTIMIZER_STEPS, optimizer_name)
+    return _find(OPTIMIZER_STEP, optimizer_name)
 
 
 def _find(registry: dict[str, Callable[..., Any]], name: str) -> Callable[..., Any]:

@@ -1,7 +1,6 @@
 """What holds for every public module in an optimizer: files, copies, resets, and checkpoints before the first step."""
 
 import copy
-import inspect
 import io
 
 import pytest
@@ -9,46 +8,15 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from graphopt.optim import Modular, Module, m
+from graphopt.optim import Modular, m
+from tests.optim.examples import MATRICES_ONLY, NAMES, is_matrix
+from tests.optim.examples import make as make_example
 from tests.optim.training import set_gradients
-
-CLASSES = {name: cls for name, cls in vars(m).items() if isinstance(cls, type) and issubclass(cls, Module)}
-
-
-def is_matrix(param):
-    return param.ndim == 2
-
-
-# Modules with arguments that are neither numbers nor modules, or that do not serve every parameter.
-MAKE = {
-    "Averaging": lambda: m.Averaging(2),
-    "BlockPartition": lambda: m.BlockPartition(m.HeavyBall(), 3),
-    "Clip": lambda: m.Clip(-1.0, 1.0),
-    "ClipModules": lambda: m.ClipModules(m.HeavyBall(), -1.0, 1.0),
-    "Freeze": lambda: m.Freeze(is_matrix),
-    "GradientAccumulation": lambda: m.GradientAccumulation(m.HeavyBall(), 2),
-    "Masked": lambda: m.Masked(is_matrix, m.HeavyBall()),
-    "MedianAveraging": lambda: m.MedianAveraging(3),
-    "Muon": lambda: m.Split(is_matrix, m.Muon(), m.Adam()),
-    "Split": lambda: m.Split(is_matrix, m.Adam(), m.HeavyBall()),
-    "Switch": lambda: m.Switch(m.HeavyBall(), m.Adam(), steps=2),
-    "WeightedAveraging": lambda: m.WeightedAveraging([0.5, 0.3]),
-    "WeightedMean": lambda: m.WeightedMean(m.HeavyBall(), m.Adam(), weights=[0.2, 0.8]),
-    "WeightedSum": lambda: m.WeightedSum(m.HeavyBall(), m.Adam(), weights=[0.2, 0.8]),
-}
 
 
 def build(name):
-    """An instance; modules inside are momenta, so that there is something to remember."""
-    if name in MAKE:
-        return MAKE[name]()
-    cls, given = CLASSES[name], {}
-    for argument, parameter in inspect.signature(cls).parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            return cls(m.HeavyBall(0.5), m.HeavyBall(0.9))
-        if parameter.default is inspect.Parameter.empty:
-            given[argument] = 0.5 if argument in cls.bounds else m.HeavyBall(0.5)
-    return cls(**given)
+    """The chain of a module, on all parameters of a model."""
+    return [m.Split(is_matrix, make_example(name), m.Adam())] if name in MATRICES_ONLY else make_example(name)
 
 
 def models():
@@ -109,7 +77,7 @@ def assert_same(left, right):
             assert not value.requires_grad, key
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", NAMES)
 def test_files_copies_and_new_beginnings(name):
     """Bit for bit: from a file that is read with ``weights_only=True``, as a copy, and after a reset."""
     left, right = models()
@@ -134,7 +102,7 @@ def test_files_copies_and_new_beginnings(name):
     assert_same((optimizer, left), (fresh, other))
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_asks_for_the_state_before_the_first_step(name):
     """Nothing moves; and where modules are rules, all of the state is there, and training is as without."""
     left, right = models()

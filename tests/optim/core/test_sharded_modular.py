@@ -8,7 +8,8 @@ from torch import nn
 
 from graphopt.errors import NonFiniteError
 from graphopt.optim import Modular, m
-from tests.optim.core.test_every_module import CLASSES, build
+from tests.optim.core.test_every_module import build
+from tests.optim.examples import NAMES
 from tests.optim.training import largest_difference, make_params, set_gradients, train
 from tests.runtime import processes
 
@@ -110,7 +111,7 @@ TOLERANCE = {"Muon": 0.05, "Orthogonalize": 0.05}  # their products are in bfloa
 
 def test_every_module(ranks):
     """Those without a closure or a statistic; in one call, since tensors are small and modules many."""
-    names = [name for name in CLASSES if name not in NOT_SPREAD]
+    names = [name for name in NAMES if name not in NOT_SPREAD]
     (found, others) = ranks(_differences, names)
     assert found == others
     assert {name: value for name, value in found.items() if not value < TOLERANCE.get(name, 1e-12)} == {}

@@ -17,7 +17,6 @@ from graphopt.optim.functional import (
     DEFAULT_OPTIMIZER_CONFIGS,
     DEFAULT_OPTIMIZER_STATES,
     OPTIMIZER_STEP,
-    OPTIMIZER_STEPS,
     AdamConfig,
     AdamWDMode,
     LARSConfig,
@@ -462,8 +461,7 @@ def test_one_graph_without_breaks(name):
 
 
 def test_registries_have_the_same_names():
-    assert set(DEFAULT_OPTIMIZER_CONFIGS) == set(DEFAULT_OPTIMIZER_STATES) == set(OPTIMIZER_STEPS) == set(NAMES)
-    assert OPTIMIZER_STEP is OPTIMIZER_STEPS
+    assert set(DEFAULT_OPTIMIZER_CONFIGS) == set(DEFAULT_OPTIMIZER_STATES) == set(OPTIMIZER_STEP) == set(NAMES)
 
 
 @every_optimizer
@@ -491,10 +489,10 @@ def test_config_state_and_step_of_a_name_train_a_model(name):
 @pytest.fixture
 def registries():
     """As they are now, afterwards, too."""
-    kept = [dict(registry) for registry in (DEFAULT_OPTIMIZER_CONFIGS, DEFAULT_OPTIMIZER_STATES, OPTIMIZER_STEPS)]
+    kept = [dict(registry) for registry in (DEFAULT_OPTIMIZER_CONFIGS, DEFAULT_OPTIMIZER_STATES, OPTIMIZER_STEP)]
     yield
     for registry, entries in zip(
-        (DEFAULT_OPTIMIZER_CONFIGS, DEFAULT_OPTIMIZER_STATES, OPTIMIZER_STEPS), kept, strict=True
+        (DEFAULT_OPTIMIZER_CONFIGS, DEFAULT_OPTIMIZER_STATES, OPTIMIZER_STEP), kept, strict=True
     ):
         registry.clear()
         registry.update(entries)
