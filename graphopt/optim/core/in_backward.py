@@ -166,8 +166,8 @@ class BackwardSteps:
                     raise UnsupportedError(
                         f"{optimizer.param_table.describe(param)}: a second gradient arrives before optimizer.step(), but "
                         f"the first has moved it already ({self.progress}). An optimizer in backward cannot accumulate "
-                        "gradients over several backward passes, nor over reentrant checkpoints that share a parameter (use_reentrant=False): call "
-                        "optimizer.step() after each backward(), or leave fuse_into_backward out"
+                        "gradients over several backward passes, nor over reentrant checkpoints that share a parameter "
+                        "(use_reentrant=False): call optimizer.step() after each backward(), or leave fuse_into_backward out"
                     )
                 if not self._moved:
                     self._begin()
