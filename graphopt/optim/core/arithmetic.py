@@ -7,12 +7,14 @@ tensors side by side.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from graphopt._compat import amax, replicated
+from graphopt._compat import amax, is_transformed, replicated
 from graphopt.optim.core.context import Number
 
 
@@ -77,6 +79,23 @@ def choose(condition: bool | Tensor, yes: Tensor, no: Tensor) -> Tensor:
     if isinstance(condition, Tensor):
         return torch.where(condition, yes, no)
     return yes if condition else no
+
+
+_T = TypeVar("_T")
+
+
+def when(condition: bool | Tensor, yes: Callable[[], _T], no: Callable[[], _T]) -> _T:
+    """What one of two functions returns (tensors of equal shapes, or tuples of them); the other one is not called.
+
+    Where the condition has no value yet (it is batched, traced or captured), both are called, and one result is chosen.
+    """
+    if isinstance(condition, Tensor) and _is_unknown(condition):
+        return pytree.tree_map(lambda left, right: torch.where(condition, left, right), yes(), no())
+    return yes() if condition else no()
+
+
+def _is_unknown(condition: Tensor) -> bool:
+    return is_transformed(condition) or (condition.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
