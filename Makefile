@@ -65,9 +65,9 @@ clean:
 # The installs. Each stamp is older than pyproject.toml or constraints.txt only when they have changed since.
 
 $(VENV)/.demo: extras := hf,cli,viz
-$(VENV)/.test: extras := hf,cli,viz,test
-$(VENV)/.bench: extras := hf,cli,viz,bench
-$(VENV)/.lint: extras := hf,cli,viz,dev
+$(VENV)/.test: extras := hf,cli,viz,wrappers,test
+$(VENV)/.bench: extras := hf,cli,viz,wrappers,bench
+$(VENV)/.lint: extras := hf,cli,viz,wrappers,dev
 
 $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.lint: $(VENV)/.torch pyproject.toml
 	$(PIP_INSTALL) --editable '.[$(extras)]'

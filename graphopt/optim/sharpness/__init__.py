@@ -1,0 +1,1 @@
+"""Modules that look for flat minima."""

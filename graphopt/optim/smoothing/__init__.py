@@ -1,0 +1,1 @@
+"""Modules that smooth the gradient or the loss."""

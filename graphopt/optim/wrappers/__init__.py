@@ -1,0 +1,1 @@
+"""Optimizers of other libraries with the interface of `torch.optim`."""
