@@ -56,6 +56,7 @@ class Muon(Rule):
     bounds = numbers(momentum=DECAY, eps=NON_NEGATIVE)
     State = MuonState
     elementwise = False
+    batches = True
 
     def __init__(
         self,

@@ -45,6 +45,7 @@ class Orthogonalize(Rule):
 
     bounds = numbers(eps=NON_NEGATIVE)
     elementwise = False
+    batches = True
 
     def __init__(
         self,
@@ -101,6 +102,7 @@ class MuonAdjustLR(Rule):
 
     bounds = numbers(alpha=ANY)
     elementwise = False
+    batches = True
 
     def __init__(self, alpha: Number = 1.0, *, adjust_lr_fn: AdjustLR = "match_rms_adamw") -> None:
         super().__init__({"alpha": alpha, "adjust_lr_fn": adjust_lr_fn})
@@ -125,6 +127,7 @@ class DualNormCorrection(Rule):
     """
 
     elementwise = False
+    batches = True
 
     def update(self, update: Tensor, state: Any, settings: Settings, context: Context) -> tuple[Tensor, Any]:
         """One step."""

@@ -409,6 +409,7 @@ class Modular(torch.optim.Optimizer):
             self.param_table.group,
             lambda: next(all_params(self)),
             replaces=self.defaults["differentiable"],
+            batches=self._mode != "loop",
             on_change=self._forget_plans,
         )
         self._lane = self._new_lane()

@@ -12,6 +12,7 @@ from graphopt import _compat
 from graphopt.annotations import Key
 from graphopt.errors import ModuleError, OptionError
 from graphopt.optim.core.arithmetic import state_dtype, zeros
+from graphopt.optim.core.batches import Batches
 from graphopt.optim.core.bounds import Bounds, is_number
 from graphopt.optim.core.context import Context, Everything, Settings
 from graphopt.optim.core.store import StateView, Store
@@ -209,7 +210,7 @@ class Module:
         return [*views, binding.store.of(binding.first_param(), f"{binding.path}/global")] if views else views
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_binding": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_batches"} | {"_binding": None}
 
     def __repr__(self) -> str:
         parts = [f"{name}={value!r}" for name, value in self.defaults.items()]
@@ -227,10 +228,14 @@ class Rule(Module):
         elementwise: whether `update` is made of element-wise operations and of the reductions in
             `graphopt.optim.core.arithmetic` alone, so that it may be run on one-dimensional views. If not, tensors have their
             shapes.
+        batches: of a rule that is not element-wise, whether many small tensors of equal shape are stepped by one call under
+            ``torch.func.vmap``.
     """
 
     State: ClassVar[type[tuple[Any, ...]] | None] = None
     elementwise: ClassVar[bool] = True
+    batches: ClassVar[bool] = False
+    _batches: Batches | None = None
 
     def state_type(self, settings: Settings) -> type[tuple[Any, ...]] | None:
         """`State`, where it does not depend on the settings."""
@@ -281,32 +286,44 @@ class Rule(Module):
         """Run the rule for each tensor; children see a copy of the incoming update."""
         updates = var.get_update()
         operands = self.run_children(var) if self.children else {}
-        all_settings = [self._plain_settings(param) for param in var.params]
-        states = [self.get_state(param, settings) for param, settings in zip(var.params, all_settings, strict=True)]
-
-        def context_of(index: int) -> Context:
-            context = make_context(self, var, index)
-            context.operands = {name: tensors[index] for name, tensors in operands.items()}
-            return context
-
-        measured: Mapping[str, Tensor] = {}
-        if self.measures and updates:
-            contexts = [context_of(index) for index in range(len(updates))]
-            measured = self.measure_all(Everything(contexts, updates, operands, states), all_settings[0])
-        news: list[Tensor] = []
-        for index, (param, update) in enumerate(zip(var.params, updates, strict=True)):
+        measured = self._measure(var, updates, operands) if self.measures and updates else {}
+        news = list(updates)
+        alone: Sequence[int] = range(len(updates))
+        if self.batches and self._bound.batches and len(updates) > 1:
+            self._batches = self._batches or Batches(self)
+            alone = self._batches.run(var, updates, operands, measured, news)
+        for index in alone:
+            param, update = var.params[index], updates[index]
+            settings = self.plain_settings(param)
+            old = self.get_state(param, settings)
             if update.numel() == 0:
-                news.append(update)  # it has no norm, no mean and no largest element
-                continue
-            context = context_of(index)  # not before: it may hold a copy of the gradient
+                continue  # it has no norm, no mean and no largest element
+            context = make_context(self, var, index)  # not before: it may hold a copy of the gradient
+            context.operands = {name: tensors[index] for name, tensors in operands.items()}
             context.measured = measured
-            new, state = self.update(update, states[index], all_settings[index], context)
+            new, state = self.update(update, old, settings, context)
             self.set_state(param, state)
-            news.append(new.to(update.dtype))  # numbers in float64 widen what has shape (), and only that
+            news[index] = new.to(update.dtype)  # numbers in float64 widen what has shape (), and only that
         var.update = news
         return var
 
-    def _plain_settings(self, param: Tensor) -> Settings:
+    def _measure(
+        self, var: Var, updates: Sequence[Tensor], operands: Mapping[str, Sequence[Tensor]]
+    ) -> Mapping[str, Tensor]:
+        contexts, states = [], []
+        for index, param in enumerate(var.params):
+            context = make_context(self, var, index)
+            context.operands = {name: tensors[index] for name, tensors in operands.items()}
+            contexts.append(context)
+            states.append(self.get_state(param, self.plain_settings(param)))
+        return self.measure_all(Everything(contexts, updates, operands, states), self.plain_settings(var.params[0]))
+
+    def forget(self) -> None:
+        """Drop the buffers in which the state of many tensors stands; what stands in the store are views of them."""
+        self._batches = None
+
+    def plain_settings(self, param: Tensor) -> Settings:
+        """The hyper-parameters for a parameter, numbers without axes."""
         settings = self.get_settings(param)
         for name in self.bounds:
             if isinstance(value := settings.get(name), Tensor) and value.dim():
@@ -359,6 +376,7 @@ class Binding:
         keys: for each hyper-parameter the option of a group that holds it.
         groups: for each parameter its group, ``None`` where there are no groups.
         replaces: whether new state takes the place of the old instead of being copied into it.
+        batches: whether rules that may do so step tensors of equal shape together.
         on_change: called when hyper-parameters of single parameters have been chosen anew.
     """
 
@@ -371,6 +389,7 @@ class Binding:
         groups: Callable[[Tensor], Mapping[str, Any]] | None,
         first_param: Callable[[], Tensor],
         replaces: bool = False,
+        batches: bool = False,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.path = path
@@ -380,6 +399,7 @@ class Binding:
         self.groups = groups
         self.first_param = first_param
         self.replaces = replaces
+        self.batches = batches
         self.on_change = on_change
 
     def group_settings(self, param: Tensor) -> dict[str, Any]:

@@ -75,11 +75,12 @@ def bind(
     groups: Callable[[Tensor], Mapping[str, Any]] | None,
     first_param: Callable[[], Tensor],
     replaces: bool,
+    batches: bool = False,
     on_change: Callable[[], None] = lambda: None,
 ) -> None:
     """Give the modules of a chain their places."""
     for module, path, place, keys in named:
-        module.bind(Binding(path, place, store, keys, groups, first_param, replaces, on_change))
+        module.bind(Binding(path, place, store, keys, groups, first_param, replaces, batches, on_change))
 
 
 def check_order(modules: Sequence[Module]) -> None:
