@@ -113,6 +113,8 @@ from graphopt.optim.routing.alternate import Alternate as Alternate
 from graphopt.optim.routing.alternate import Switch as Switch
 from graphopt.optim.routing.freeze import Freeze as Freeze
 from graphopt.optim.routing.gradient_accumulation import GradientAccumulation as GradientAccumulation
+from graphopt.optim.routing.multistep import Multistep as Multistep
+from graphopt.optim.routing.multistep import Sequential as Sequential
 from graphopt.optim.routing.split import Masked as Masked
 from graphopt.optim.routing.split import Split as Split
 from graphopt.optim.second_order.newton_cg import NewtonCG as NewtonCG

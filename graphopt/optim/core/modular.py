@@ -17,6 +17,7 @@ from graphopt.errors import ClosureError, NonFiniteError, OptionError, Unsupport
 from graphopt.optim.base_optimizer import is_count
 from graphopt.optim.core.flat.segment import FlatSegment, Mode, apply_updates
 from graphopt.optim.core.gradients import check_layouts, find_nonfinite, is_cheap_to_check
+from graphopt.optim.core.memo import Memo
 from graphopt.optim.core.module import Module, Rule, as_chain, walk
 from graphopt.optim.core.naming import bind, check_group, check_names, check_order, name_modules
 from graphopt.optim.core.notes import check_notes, read_note
@@ -51,6 +52,9 @@ class Modular(torch.optim.Optimizer):
             optimizers; an error where that fails. ``None`` for this and ``foreach`` chooses by the number of elements.
         error_if_nonfinite: whether to look for NaN and infinities in the gradients before each step, which reads all of
             them once more. ``None``: only where that costs nothing to speak of, on a CPU with at most half a million elements.
+        deterministic: every step's closure computes the same function of the parameters and of nothing else. It is then not
+            evaluated again at a point where it was lately, as where the last line search ended; three copies of parameters and
+            gradients are kept for it. Leave it off for minibatches and dropout.
 
     Raises:
         OptionError: no modules, something that is none, or an option that means nothing.
@@ -77,6 +81,7 @@ class Modular(torch.optim.Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         error_if_nonfinite: bool | None = None,
+        deterministic: bool = False,
     ) -> None:
         self.model = params if isinstance(params, nn.Module) else None
         self.modules = as_chain(modules, "Modular(params, ...)")
@@ -91,6 +96,7 @@ class Modular(torch.optim.Optimizer):
                 )
         check_order(self.modules)
         self.error_if_nonfinite = error_if_nonfinite
+        self.deterministic = deterministic
         self._named = name_modules(self.modules)
         self._configure()
         defaults: dict[str, Any] = {}
@@ -197,6 +203,8 @@ class Modular(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         var = self._make_var(closure if needy is not None else None, loss, with_all=needy is not None)
+        if var is not None and var.closure is not None and self.deterministic:
+            var.closure = self._memo.remember(var.closure, var.params)
         if var is None:
             self._end_step()
             return loss
@@ -394,6 +402,7 @@ class Modular(torch.optim.Optimizer):
         """What follows from the modules."""
         self._has_lr = any("lr" in entry.keys.values() for entry in self._named)
         self._is_cheap_to_check = False
+        self._memo = Memo()
         self._lanes: dict[Tensor, _Lane] = {}  # of parameters that step alone
         self.in_backward: BackwardSteps | None = None
 
@@ -488,6 +497,7 @@ class Modular(torch.optim.Optimizer):
             "modules": self.modules,
             "model": self.model,
             "error_if_nonfinite": self.error_if_nonfinite,
+            "deterministic": self.deterministic,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -100,6 +100,10 @@ class Var:
         """Whether gradients are known without evaluating the closure."""
         return self._grads is not None
 
+    def forget_grads(self) -> None:
+        """Let the next module that asks for gradients evaluate the closure."""
+        self._grads = None
+
     def get_grad(self) -> list[Tensor]:
         """`grads`; evaluates the closure if nobody has yet."""
         if self._grads is None:

@@ -231,6 +231,8 @@ class FlatSegment:
     # ------------------------------------------------------------------------------------------------------- one by one
 
     def _run_loop(self, var: Var, outs: list[Tensor | None]) -> None:
+        if var.update is None:
+            var.get_grad()  # not in the part alone, where nobody else would learn of it
         part = var.part(self._loop)
         for rule in self.rules:
             part = rule.step(part)
