@@ -126,6 +126,15 @@ def count_calls(function: Callable[[], object]) -> dict[str, int]:
     return {"num_calls": sum(counts.values()), "num_python_calls": counts["call"], "num_c_calls": counts["c_call"]}
 
 
+def build_method(*, shapes: list[list[int]], method: str, library: str, device: str) -> Task:
+    """Ten steps of one of ``optim_methods.METHODS``, and nothing else."""
+    from benchmarks import optim_methods, optim_rivals
+
+    optim_rivals.prepare(library)
+    held = optim_methods.make_parameters(shapes, device)
+    return Task(optim_methods.stepper(method, library, held), lambda: _sizes(held, 0))
+
+
 def _copy(parameters: dict[str, Any], chain: str, device: str) -> Task:
     """As many bytes as the chain must move, half of them read and half of them written, in one copy."""
     import torch
@@ -200,6 +209,8 @@ def check(*, method: str, chain: str, device: str, **_: Any) -> dict[str, Any]:
 
 def cases(quick: bool) -> tuple[Case, ...]:
     """Steps of each chain; then first steps, compilations under a scheduler, function calls, and steps of tiny tensors."""
+    from benchmarks import optim_methods
+
     device = _device()
     sets = QUICK_SETS if quick and device == "cpu" else SETS  # a GPU takes real sizes in no time
     numbers = QUICK_NUMBERS if quick else NUMBERS
@@ -212,6 +223,7 @@ def cases(quick: bool) -> tuple[Case, ...]:
         _starts(sets, device, quick),
         _compilations(sets, device, quick),
         *_overheads(numbers, device),
+        *(_ten_steps(*item, device, quick) for item in optim_methods.plan(quick)),
     )
 
 
@@ -225,17 +237,20 @@ def _device() -> str:
 def _rival(
     name: str, method: str, label: str, how: Callable[..., Task], *, checked: bool = False, **options: Any
 ) -> Rival:
-    # A machine that cannot build the environment may have a peer beside torch.
-    is_apart = method in PEERS and importlib.util.find_spec(method) is None
     return Rival(
         name=name,
         label=label,
         build=how,
         check=check if checked else None,
         options={"method": method, **options},
-        environment="optim" if is_apart else "current",
+        environment=_environment(method),
         ours=method == "graphopt",
     )
+
+
+def _environment(library: str) -> str:
+    # A machine that cannot build the environment may have a peer beside torch.
+    return "optim" if library in PEERS and importlib.util.find_spec(library) is None else "current"
 
 
 def _steps(chain: str, name: str, parameters: dict[str, Any], device: str, quick: bool) -> Case:
@@ -368,6 +383,32 @@ def _overheads(numbers: Sequence[int], device: str) -> tuple[Case, Case]:
         shares_caches=True,
     )
     return calls, tiny
+
+
+def _ten_steps(
+    method: str, name: str, rivals: Mapping[str, Any], shapes: list[tuple[int, ...]], device: str, quick: bool
+) -> Case:
+    from benchmarks import optim_methods
+
+    return Case(
+        name=f"{method}-{name}",
+        title=f"{optim_methods.PERIOD} steps of {optim_methods.TITLES[method]}: {optim_methods.SET_LABELS[name]}, {device}",
+        rivals=tuple(
+            Rival(
+                name=library,
+                label=optim_methods.LABELS[library],
+                build=build_method,
+                options={"shapes": shapes, "method": method, "library": library, "device": device},
+                environment=_environment(library),
+                ours=library == "graphopt",
+            )
+            for library in rivals
+            if not (quick and library == "heavyball")  # it compiles for minutes
+        ),
+        baseline="graphopt",
+        rounds=None if quick else LONG_ROUNDS,
+        shares_caches=True,
+    )
 
 
 def _described(parameters: Mapping[str, Any]) -> str:

@@ -42,7 +42,26 @@ def conclusions(records: Mapping[str, Any]) -> str:
     if "compilations" in records:
         parts.append(_compilation_table(records["compilations"]["rivals"]))
     parts.append(_overhead_table(*(records.get(name, {}).get("rivals", {}) for name in ("calls", "tiny"))))
+    parts.append(_method_table(steps))
     return "\n\n".join(part for part in parts if part)
+
+
+def _method_table(steps: Mapping[str, Mapping[str, Any]]) -> str:
+    from benchmarks import optim_methods
+
+    libraries = [library for library in optim_methods.LABELS if library != "graphopt"]
+    rows = []
+    for method, title in optim_methods.TITLES.items():
+        for name, described in optim_methods.SET_LABELS.items():
+            rivals = steps.get(f"{method}-{name}")
+            if rivals is not None:
+                row = [title, described, _seconds(rivals, "graphopt")]
+                rows.append([*row, *(_ratio(rivals, library, "graphopt") for library in libraries)])
+    if not rows:
+        return ""
+    targets = {"torchzero": f" (target: never below 1, {TORCHZERO_TARGET:g} where launches bind)"}
+    heads = [f"{optim_methods.LABELS[library]} takes{targets.get(library, '')}" for library in libraries]
+    return table((f"{optim_methods.PERIOD} steps", "parameters", "**graphopt**", *heads), rows)
 
 
 def _adamw_table(steps: Mapping[str, Mapping[str, Any]]) -> str:
