@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Tensors of at most so many elements are put side by side: calls cost more than copying them together.
 _SMALL = {"cpu": 2**16, "cuda": 2**22}
+# Fewer are stepped one by one: a call under vmap takes several times as long as one without.
+MIN_TENSORS = 6
 
 
 class _Batch(NamedTuple):
@@ -66,7 +68,7 @@ class Batches:
         measured: Mapping[str, Tensor],
         news: list[Tensor],
     ) -> list[int]:
-        """Step all tensors that have others of their shape.
+        """Step all tensors that have enough others of their shape.
 
         Args:
             var: the parameters.
@@ -127,7 +129,7 @@ class Batches:
             form = (param.shape, param.dtype, param.device, update.dtype, grad.dtype)
             groups[id(known[source]), form, id(var.counts[index])].append(index)
         for indices in groups.values():
-            batch = self._gather(indices, var) if len(indices) > 1 else None
+            batch = self._gather(indices, var) if len(indices) >= MIN_TENSORS else None
             if batch is None:
                 self._alone += indices
             else:

@@ -12,7 +12,7 @@ from graphopt import _compat
 from graphopt.annotations import Key
 from graphopt.errors import ModuleError, OptionError
 from graphopt.optim.core.arithmetic import state_dtype, zeros
-from graphopt.optim.core.batches import Batches
+from graphopt.optim.core.batches import MIN_TENSORS, Batches
 from graphopt.optim.core.bounds import Bounds, is_number
 from graphopt.optim.core.context import Context, Everything, Settings
 from graphopt.optim.core.store import StateView, Store
@@ -289,7 +289,7 @@ class Rule(Module):
         measured = self._measure(var, updates, operands) if self.measures and updates else {}
         news = list(updates)
         alone: Sequence[int] = range(len(updates))
-        if self.batches and self._bound.batches and len(updates) > 1:
+        if self.batches and self._bound.batches and len(updates) >= MIN_TENSORS:
             self._batches = self._batches or Batches(self)
             alone = self._batches.run(var, updates, operands, measured, news)
         for index in alone:

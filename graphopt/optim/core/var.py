@@ -184,13 +184,14 @@ class Var:
         self.closure_has_graph = False
         self.update = self._grads = None
 
-    def evaluate(self, backward: bool = True, with_graph: bool = False) -> Any:
+    def evaluate(self, backward: bool = True, with_graph: bool = False, is_loss: bool = True) -> Any:
         """Call the closure at the present parameters.
 
         Args:
             backward: whether it computes gradients, into ``p.grad``.
             with_graph: whether the loss can be differentiated although ``backward`` is false. Otherwise the closure runs under
                 ``torch.no_grad()`` then, without keeping activations.
+            is_loss: whether the result must be one number; otherwise the caller looks at what it is.
 
         Returns:
             The loss.
@@ -203,7 +204,8 @@ class Var:
         with torch.set_grad_enabled(backward or with_graph):
             # Without an argument, so that closures of every other optimizer work, too.
             loss = self.closure() if backward else self._evaluate_loss(self.closure)
-        check_loss(loss, self.place)
+        if is_loss:
+            check_loss(loss, self.place)
         return loss
 
     def _evaluate_loss(self, closure: Closure) -> Any:

@@ -48,7 +48,7 @@ class Gram(Rule):
         return new, GramState(gram, average(state.exp_avg, new, 0.9))
 
 
-SHAPES = [(3, 2)] * 4 + [(2, 3)] * 3 + [(5, 1), (0, 2)]
+SHAPES = [(3, 2)] * 6 + [(2, 3)] * 7 + [(5, 1), (0, 2)]
 
 
 def make(way, modules, shapes=SHAPES):
