@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from contextlib import nullcontext
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ class GradApproximator(Module):
             present parameters. ``"update"``: the update only.
         **children: modules, or lists of them, that this one runs.
 
+    Attributes:
+        moves_params: whether `approximate` may leave the parameters changed, so that they are copied before and put back.
+
     Raises:
         OptionError: ``target`` is none of these.
 
@@ -48,6 +52,7 @@ class GradApproximator(Module):
 
     needs_closure = True
     replaces_update = True
+    moves_params: ClassVar[bool] = True
 
     def __init__(
         self, defaults: Mapping[str, Any] | None = None, *, target: Target = "closure", **children: Any
@@ -89,7 +94,7 @@ class GradApproximator(Module):
             return original.evaluate(backward=False)
 
         def estimate(loss: Loss) -> tuple[list[Tensor], Loss, Loss]:
-            with torch.no_grad(), restored(var.params):
+            with torch.no_grad(), restored(var.params) if self.moves_params else nullcontext():
                 return self.approximate(evaluate, var.params, loss, var)
 
         if self.target == "closure":

@@ -50,9 +50,9 @@ def draw(
             "generator": generator_of[param.device],
         }
         if distribution == "uniform":
-            drawn.append((torch.rand(param.shape, **options) * 2 - 1) * 3**0.5)
+            drawn.append(torch.rand(param.shape, **options).mul_(2).sub_(1).mul_(3**0.5))
         elif distribution == "rademacher":
-            drawn.append(torch.randint(0, 2, param.shape, **options) * 2 - 1)
+            drawn.append(torch.randint(0, 2, param.shape, **options).mul_(2).sub_(1))
         else:
             drawn.append(torch.randn(param.shape, **options))
     if distribution == "sphere":
