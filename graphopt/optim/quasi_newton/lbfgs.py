@@ -1,4 +1,4 @@
-"""L-BFGS."""
+"""The limited-memory version of BFGS."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import OptionError
-from graphopt.optim.core.bounds import DECAY, NON_NEGATIVE, numbers
+from graphopt.optim.core.bounds import DECAY, FRACTION, NON_NEGATIVE, is_number, numbers
 from graphopt.optim.core.context import Number, Settings
 from graphopt.optim.core.store import StateView
 from graphopt.optim.core.vector_module import VectorModule, shorten_first
+from graphopt.optim.quasi_newton import pairs
+from graphopt.optim.quasi_newton.pairs import SMALL
 
 
 class LBFGS(VectorModule):
@@ -22,9 +24,15 @@ class LBFGS(VectorModule):
     of them the inverse Hessian is ``⟨s, y⟩ / ⟨y, y⟩`` of the last pair. With ``m.LR`` behind it, it is
     ``torch.optim.LBFGS(max_iter=1)``.
 
+    With ``damping`` y is replaced by ``τ y + (1 - τ) s``, so that ``⟨s, y⟩ / ⟨s, s⟩`` lies in ``eigval_bounds``, and pairs along
+    which the loss is not convex can be used, too.
+
     Args:
         history_size: how many pairs are kept; the memory is twice that many times the parameters.
         tol: pairs are not used if ``⟨s, y⟩`` is not above.
+        damping: whether y is damped.
+        init_damping: the largest τ; below 1 y is always damped a little.
+        eigval_bounds: an interval around 1 for the curvature along s.
         tol_reset: whether pairs are forgotten when no element of ``y`` is above ``tol``.
         params_beta: s is the change of an average of the parameters with this decay.
         grads_beta: y is the change of an average of the updates with this decay.
@@ -37,16 +45,24 @@ class LBFGS(VectorModule):
     Raises:
         OptionError: an option is not valid.
 
-    Reference: Nocedal, Wright, "Numerical Optimization", 2nd edition, 2006, algorithm 7.4, equation 7.20.
+    Reference: Nocedal, Wright, "Numerical Optimization", 2nd edition, 2006, algorithm 7.4, equation 7.20. Damping: Al-Baali,
+    "Damped techniques for enforcing convergence of quasi-Newton methods", Optim. Methods Softw. 29(5), 2014, section 3, with
+    the identity for the Hessian.
+
+    Cost: ``4 history_size`` multiplications an element, in two matrix-vector products; the state is ``2 history_size + 2``
+    numbers an element. ``2 history_size`` more with averages, damping, or ``inner``.
     """
 
-    bounds = numbers(tol=NON_NEGATIVE, params_beta=DECAY, grads_beta=DECAY, z_beta=DECAY)
+    bounds = numbers(tol=NON_NEGATIVE, init_damping=FRACTION, params_beta=DECAY, grads_beta=DECAY, z_beta=DECAY)
 
     def __init__(
         self,
         history_size: int = 10,
         tol: Number = 1e-10,
         *,
+        damping: bool = False,
+        init_damping: Number = 0.9,
+        eigval_bounds: tuple[float, float] = (0.5, 50.0),
         tol_reset: bool = False,
         params_beta: Number | None = None,
         grads_beta: Number | None = None,
@@ -60,6 +76,9 @@ class LBFGS(VectorModule):
             {
                 "history_size": history_size,
                 "tol": tol,
+                "damping": damping,
+                "init_damping": init_damping,
+                "eigval_bounds": eigval_bounds,
                 "tol_reset": tol_reset,
                 "params_beta": params_beta,
                 "grads_beta": grads_beta,
@@ -72,38 +91,125 @@ class LBFGS(VectorModule):
         )
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
-        """Counts must be positive."""
-        for name in ("history_size", "update_freq"):
-            if not isinstance(settings[name], int) or settings[name] < 1:
-                raise OptionError(f"{self.place}: {name}={settings[name]!r}; expected an integer of at least 1")
+        """Counts must be positive, and 1 inside of the interval."""
+        check_counts(self.place, settings)
+        bounds = settings["eigval_bounds"]
+        is_pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(map(is_number, bounds))
+        if not is_pair or not 0 < bounds[0] < 1 < bounds[1]:
+            raise OptionError(f"{self.place}: eigval_bounds={bounds!r}; expected (low, high) with 0 < low < 1 < high")
 
     def direct(self, update: Tensor, inner: Tensor, param: Tensor, state: StateView, settings: Settings) -> Tensor:
         """Learn from the last step, and multiply."""
-        param = _follow(param, settings.params_beta, "param_avg", state)
-        grad = _follow(update, settings.grads_beta, "grad_avg", state)
         is_first = "prev_flat_grad" not in state
+        products = None
         if is_first:
-            nothing = update.new_empty(0, update.numel())
-            state["old_stps"], state["old_dirs"], state["num_pairs_seen"] = nothing, nothing, 0
+            state["num_pairs_seen"] = 0
         else:
-            self._learn(param - state["prev_flat_param"], grad - state["prev_flat_grad"], state, settings)
-        state["prev_flat_param"], state["prev_flat_grad"] = param, grad
-        direction = _two_loops(inner, state["old_stps"], state["old_dirs"])
-        if not bool(torch.isfinite(direction).all()):
-            state["old_stps"], state["old_dirs"] = state["old_stps"][:0], state["old_dirs"][:0]
-            direction = inner
+            state["num_pairs_seen"] += 1
+            if (state["num_pairs_seen"] - 1) % settings.update_freq == 0:
+                products = self._learn(update, inner, param, state, settings)
+        direction = inner
+        if pairs.count(state):
+            if products is None:
+                products = (pairs.rows(state) @ inner).to(**SMALL)
+            direction = self._multiply(inner, products, state)
+        state["prev_flat_param"], state["prev_flat_grad"] = param, update
+        if inner is update and pairs.count(state):
+            assert products is not None
+            state["prev_products"] = products.to(update.dtype)
+        elif "prev_products" in state:
+            del state["prev_products"]
         direction = _follow(direction, settings.z_beta, "direction_avg", state)
         return shorten_first(direction) if is_first and settings.scale_first else direction
 
-    def _learn(self, s: Tensor, y: Tensor, state: StateView, settings: Settings) -> None:
-        state["num_pairs_seen"] += 1
-        if (state["num_pairs_seen"] - 1) % settings.update_freq:
-            return
+    def change_of_gradient(self, update: Tensor, state: StateView, out: Tensor) -> Tensor | None:
+        """The change y since the last step, into ``out``.
+
+        Returns:
+            The products of all pairs with the gradient that was subtracted, if they are known.
+        """
+        torch.sub(update, state["prev_flat_grad"], out=out)
+        products: Tensor | None = state.get("prev_products")
+        return None if products is None else products.to(**SMALL)
+
+    def _learn(
+        self, update: Tensor, inner: Tensor, param: Tensor, state: StateView, settings: Settings
+    ) -> Tensor | None:
+        """Keep the pair of the last step; returns the products of all pairs with ``inner`` if they are known."""
+        pair = update.new_empty(2, update.numel())
+        s, y = pair
+        torch.sub(param, state["prev_flat_param"], out=s)
+        before = self.change_of_gradient(update, state, y)
+        for vector, beta, name in ((s, settings.params_beta, "s_avg"), (y, settings.grads_beta, "y_avg")):
+            if beta is not None:  # the change of an average is the average of changes
+                old = state[name] if name in state else torch.zeros_like(vector)
+                state[name] = torch.lerp(vector, old, float(beta))
+                vector.copy_(state[name])
+        if settings.damping:
+            _damp(s, y, settings)
         if settings.tol_reset and bool(y.abs().amax() <= settings.tol):
-            state["old_stps"], state["old_dirs"] = state["old_stps"][:0], state["old_dirs"][:0]
-        elif bool(s.dot(y) > settings.tol):
-            for name, new in (("old_stps", s), ("old_dirs", y)):
-                state[name] = torch.cat([state[name], new[None]])[-settings.history_size :]
+            pairs.forget(state)
+            return None
+        num, is_plain = pairs.count(state), settings.grads_beta is None and not settings.damping
+        parts = [pair @ y, pair @ inner]
+        if num:
+            old_rows = pairs.rows(state)
+            parts.append(old_rows @ inner)
+            if before is None or inner is not update or not is_plain:
+                before = None
+                parts.append(old_rows @ y)
+        own, new, *old_parts = torch.cat(parts).to(**SMALL).split([2, 2] + [2 * num] * (len(parts) - 2))
+        if not bool(own[0] > settings.tol) or not bool(own[1].isfinite()):
+            return old_parts[0] if num else None
+        s_dot_y, y_dot_y = own[:1], own[1:]
+        slots = pairs.ages(state) if num else []
+        if num:
+            changes = (old_parts[1] if before is None else old_parts[0] - before).view(num, 2)[slots]
+            s_dot_y, y_dot_y = torch.cat([changes[:, 0], s_dot_y]), torch.cat([changes[:, 1], y_dot_y])
+        pairs.put_products(s_dot_y, y_dot_y, settings.history_size, pair.dtype, state)
+        is_full = num == settings.history_size
+        pairs.put(pair, settings.history_size, state, in_place=not self._bound.replaces)
+        if not num:
+            return new
+        if not is_full:
+            return torch.cat([old_parts[0], new])
+        products = old_parts[0].clone()
+        products.view(num, 2)[slots[0]] = new
+        return products
+
+    def _multiply(self, vector: Tensor, products: Tensor, state: StateView) -> Tensor:
+        slots = pairs.ages(state)
+        in_order = products.view(-1, 2)[slots]
+        of_s, of_y, scale = pairs.coefficients(in_order[:, 0], in_order[:, 1], state)
+        factors = torch.empty(len(slots), 2, **SMALL)
+        factors[slots] = torch.stack([of_s, of_y], 1)
+        # Not an element of the vector was NaN or infinite if no product is.
+        if not bool(torch.isfinite(factors).all()) or not bool(torch.isfinite(products).all()):
+            pairs.forget(state)
+            return vector
+        return torch.addmv(vector, pairs.rows(state).T, factors.flatten().to(vector), beta=scale)
+
+
+def check_counts(place: str, settings: Mapping[str, Any]) -> None:
+    """Raise `OptionError` unless the history holds a pair, and pairs are used."""
+    for name in ("history_size", "update_freq"):
+        value = settings[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise OptionError(f"{place}: {name}={value!r}; expected an integer of at least 1")
+
+
+def _damp(s: Tensor, y: Tensor, settings: Settings) -> None:
+    """Replace y by ``τ y + (1 - τ) s``, whose curvature along s is inside of the bounds."""
+    low, high = map(float, settings.eigval_bounds)
+    s_dot_s = float(s.dot(s))
+    if s_dot_s == 0:
+        return
+    curvature, part = float(s.dot(y)) / s_dot_s, float(settings.init_damping)
+    if curvature < low:
+        part = min(part, (1 - low) / (1 - curvature))
+    elif curvature > high:
+        part = min(part, (high - 1) / (curvature - 1))
+    y.mul_(part).add_(s, alpha=1 - part)
 
 
 def _follow(value: Tensor, decay: Number | None, name: str, state: StateView) -> Tensor:
@@ -113,18 +219,3 @@ def _follow(value: Tensor, decay: Number | None, name: str, state: StateView) ->
     state[name] = torch.lerp(value, state[name], float(decay)) if name in state else value
     average: Tensor = state[name]
     return average
-
-
-def _two_loops(vector: Tensor, steps: Tensor, changes: Tensor) -> Tensor:
-    """The inverse Hessian of the pairs, oldest first, times a vector."""
-    if not len(steps):
-        return vector
-    inverses = 1 / (steps * changes).sum(1)
-    coefficients = []
-    for s, y, inverse in zip(reversed(steps), reversed(changes), reversed(inverses), strict=True):
-        coefficients.append(s.dot(vector) * inverse)
-        vector = vector - y * coefficients[-1]
-    vector = vector / (changes[-1].dot(changes[-1]) * inverses[-1])
-    for s, y, inverse, coefficient in zip(steps, changes, inverses, reversed(coefficients), strict=True):
-        vector = vector + s * (coefficient - y.dot(vector) * inverse)
-    return vector

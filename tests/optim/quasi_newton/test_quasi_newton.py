@@ -134,7 +134,7 @@ def test_no_closure_is_needed_and_history_is_bounded(module):
         problem.closure()
         optimizer.step()
     if module is m.LBFGS:
-        assert state_of(optimizer, "lbfgs.old_stps").shape == (10, 2)
+        assert state_of(optimizer, "lbfgs.pairs").shape == (10, 2, 2)
     reference = in_plane(booth)
     optimizer = Modular(reference.params, module(), m.LR(0.05))
     for _ in range(14):
