@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._compile import _disable_dynamo
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 _OLDEST, _NEWEST = (2, 11), (2, 15)
 _found = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])

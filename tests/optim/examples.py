@@ -2,6 +2,8 @@
 
 import inspect
 
+import torch
+
 from graphopt.errors import OptionError
 from graphopt.optim import Module, m
 
@@ -32,6 +34,7 @@ EXAMPLES = {
     "DivModules": lambda: m.DivModules(m.EMA(0.9), [m.SqrtEMASquared(0.99), m.Add(1e-8)]),
     "Fill": lambda: m.Fill(0.1),
     "Freeze": lambda: m.Freeze(is_matrix),
+    "GaussianHomotopy": lambda: m.GaussianHomotopy(3, 0.5, tol=0.02),
     "GradientAccumulation": lambda: m.GradientAccumulation(m.Adam(), 2),
     "Graft": lambda: m.Graft(m.Adam()),
     "GraftModules": lambda: m.GraftModules(m.HeavyBall(), m.Adam()),
@@ -50,6 +53,8 @@ EXAMPLES = {
     "MinimumModules": lambda: m.MinimumModules(m.HeavyBall(), m.Adam()),
     "Mul": lambda: m.Mul(m.Adam()),
     "Multistep": lambda: m.Multistep([m.Adam(), m.LR(0.1)], 2),
+    "NystromPCG": lambda: m.NystromPCG(3),
+    "NystromSketchAndSolve": lambda: m.NystromSketchAndSolve(3),
     "Pow": lambda: m.Pow(2.0),
     "PowModules": lambda: m.PowModules([m.HeavyBall(), m.Abs()], 2.0),
     "Prod": lambda: m.Prod(m.HeavyBall(), m.Adam()),
@@ -72,7 +77,9 @@ EXAMPLES = {
     "WeightedMean": lambda: m.WeightedMean(m.HeavyBall(), m.Adam(), weights=[0.3, 0.7]),
     "WeightedSum": lambda: m.WeightedSum(m.HeavyBall(), m.Adam(), weights=[0.3, 0.7]),
     "Where": lambda: m.Where([m.Sign(), m.Maximum(0.0)], m.HeavyBall(), m.Adam()),
+    "Wrap": lambda: m.Wrap(torch.optim.Adam, lr=0.1, weight_decay=0.1),
 }
+RESIDUALS = {"GaussNewton", "LevenbergMarquardt"}  # their closures return residuals instead of the loss
 MATRICES_ONLY = {"Muon"}
 
 
@@ -93,3 +100,8 @@ def make(name):
     """The module of a name, behind others that it needs."""
     made = EXAMPLES.get(name, PUBLIC[name])()
     return made if isinstance(made, list) else [made]
+
+
+def residuals_of(params):
+    """For the closures of `RESIDUALS`; not linear."""
+    return torch.cat([((p - 0.3) * (1.0 + i) + torch.sin(p)).reshape(-1) for i, p in enumerate(params)])

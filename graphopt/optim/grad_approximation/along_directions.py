@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -107,9 +108,9 @@ class AlongDirections(GradApproximator):
         variance = 1.0
         if old is not None and old.shape == fresh.shape:
             fresh = beta * old + (1 - beta) * fresh
-            variance = beta**2 * state["variance"] + (1 - beta) ** 2
+            variance = beta**2 * float(state["variance"]) + (1 - beta) ** 2
         state["directions"], state["variance"] = fresh, variance
-        return fresh / variance**0.5
+        return fresh / math.sqrt(variance)
 
     def steps_of(self, params: Sequence[Tensor]) -> list[float]:
         """For each parameter ``h``."""
