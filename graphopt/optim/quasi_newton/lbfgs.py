@@ -122,13 +122,8 @@ class LBFGS(VectorModule):
         direction = _follow(direction, settings.z_beta, "direction_avg", state)
         return shorten_first(direction) if is_first and settings.scale_first else direction
 
-    def change_of_gradient(self, update: Tensor, state: StateView, out: Tensor) -> Tensor | None:
-        """The change y since the last step, into ``out``.
-
-        Returns:
-            The products of all pairs with the gradient that was subtracted, if they are known.
-        """
-        torch.sub(update, state["prev_flat_grad"], out=out)
+    def products_with_old_gradient(self, state: StateView) -> Tensor | None:
+        """The products of all pairs with the old gradient, if they are known."""
         products: Tensor | None = state.get("prev_products")
         return None if products is None else products.to(**SMALL)
 
@@ -136,10 +131,13 @@ class LBFGS(VectorModule):
         self, update: Tensor, inner: Tensor, param: Tensor, state: StateView, settings: Settings
     ) -> Tensor | None:
         """Keep the pair of the last step; returns the products of all pairs with ``inner`` if they are known."""
-        pair = update.new_empty(2, update.numel())
-        s, y = pair
-        torch.sub(param, state["prev_flat_param"], out=s)
-        before = self.change_of_gradient(update, state, y)
+        s, y = state["prev_flat_param"], state["prev_flat_grad"]
+        before = self.products_with_old_gradient(state)
+        if self._bound.replaces:
+            s, y = param - s, update - y
+        else:  # where the old ones were: new memory takes longer than a subtraction
+            torch.sub(param, s, out=s)
+            torch.sub(update, y, out=y)
         for vector, beta, name in ((s, settings.params_beta, "s_avg"), (y, settings.grads_beta, "y_avg")):
             if beta is not None:  # the change of an average is the average of changes
                 old = state[name] if name in state else torch.zeros_like(vector)
@@ -151,14 +149,14 @@ class LBFGS(VectorModule):
             pairs.forget(state)
             return None
         num, is_plain = pairs.count(state), settings.grads_beta is None and not settings.damping
-        parts = [pair @ y, pair @ inner]
+        parts = [torch.stack([s.dot(y), y.dot(y), s.dot(inner), y.dot(inner)])]
         if num:
             old_rows = pairs.rows(state)
             parts.append(old_rows @ inner)
             if before is None or inner is not update or not is_plain:
                 before = None
                 parts.append(old_rows @ y)
-        own, new, *old_parts = torch.cat(parts).to(**SMALL).split([2, 2] + [2 * num] * (len(parts) - 2))
+        own, new, *old_parts = torch.cat(parts).to(**SMALL).split([2, 2] + [2 * num] * (len(parts) - 1))
         if not bool(own[0] > settings.tol) or not bool(own[1].isfinite()):
             return old_parts[0] if num else None
         s_dot_y, y_dot_y = own[:1], own[1:]
@@ -166,9 +164,9 @@ class LBFGS(VectorModule):
         if num:
             changes = (old_parts[1] if before is None else old_parts[0] - before).view(num, 2)[slots]
             s_dot_y, y_dot_y = torch.cat([changes[:, 0], s_dot_y]), torch.cat([changes[:, 1], y_dot_y])
-        pairs.put_products(s_dot_y, y_dot_y, settings.history_size, pair.dtype, state)
+        pairs.put_products(s_dot_y, y_dot_y, settings.history_size, y.dtype, state)
         is_full = num == settings.history_size
-        pairs.put(pair, settings.history_size, state, in_place=not self._bound.replaces)
+        pairs.put(s, y, settings.history_size, state, in_place=not self._bound.replaces)
         if not num:
             return new
         if not is_full:
@@ -216,6 +214,6 @@ def _follow(value: Tensor, decay: Number | None, name: str, state: StateView) ->
     """An average that starts with the first value; the value itself without a decay."""
     if decay is None:
         return value
-    state[name] = torch.lerp(value, state[name], float(decay)) if name in state else value
+    state[name] = torch.lerp(value, state[name], float(decay)) if name in state else value.clone()
     average: Tensor = state[name]
     return average

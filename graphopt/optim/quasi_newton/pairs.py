@@ -46,8 +46,8 @@ def ages(state: StateView) -> list[int]:
     return [(first + index) % num for index in range(num)]
 
 
-def put(pair: Tensor, history_size: int, state: StateView, in_place: bool) -> None:
-    """Keep one more pair, shape (2, n); the oldest goes if there is no room.
+def put(s: Tensor, y: Tensor, history_size: int, state: StateView, in_place: bool) -> None:
+    """Keep one more pair; the oldest goes if there is no room.
 
     The buffer grows by doubling, up to its size, so that short runs take no memory for long histories.
     """
@@ -55,13 +55,13 @@ def put(pair: Tensor, history_size: int, state: StateView, in_place: bool) -> No
     slot = num if num < history_size else int(state["next_slot"])
     buffer = state.get("pairs")
     if buffer is None or slot >= len(buffer):
-        larger = pair.new_zeros(min(history_size, max(4, 2 * num)), *pair.shape)
+        larger = s.new_zeros(min(history_size, max(4, 2 * num)), 2, len(s))
         if buffer is not None:
             larger[:num] = buffer
         buffer = larger
     elif not in_place:
         buffer = buffer.clone()
-    buffer[slot] = pair
+    buffer[slot, 0], buffer[slot, 1] = s, y
     state["pairs"], state["num_pairs"] = buffer, min(num + 1, history_size)
     state["next_slot"] = (slot + 1) % history_size if num + 1 >= history_size else 0
 
