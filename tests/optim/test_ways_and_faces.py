@@ -13,7 +13,7 @@ from graphopt.errors import OptionError
 from graphopt.optim import Modular, Rule, m
 from graphopt.optim.core.module import walk
 from graphopt.optim.core.transform import Step, apply_updates, chain
-from tests.optim.examples import EXAMPLES, MATRICES_ONLY, NAMES, PUBLIC, WITHOUT_EXAMPLE, make
+from tests.optim.examples import EXAMPLES, MATRICES_ONLY, NAMES, PUBLIC, RESIDUALS, WITHOUT_EXAMPLE, make, residuals_of
 from tests.optim.training import set_gradients
 
 NUM_STEPS = 3
@@ -53,7 +53,7 @@ def run(name, params, **options):
     optimizer = Modular(params, modules, m.LR(0.01), **options)
 
     def closure(backward=True):
-        loss = loss_of(params)
+        loss = residuals_of(params) if name in RESIDUALS else loss_of(params)
         if backward:
             optimizer.zero_grad()
             loss.backward()
@@ -72,16 +72,17 @@ def run_functional(name, params):
     transform = chain(modules, m.LR(0.01))
     params = [p.detach() for p in params]
     state = transform.init(params)
+    loss_fn = residuals_of if name in RESIDUALS else loss_of
     for step in range(NUM_STEPS):
         noted = [nn.Parameter(p) for p in params]
         set_gradients(noted, step)
         notes = {key: [annotations.get(p, key) for p in noted] for key in (SUM_GRAD_SQUARED, NUM_SAMPLES)}
         if needs_closure(modules):
-            grads = torch.autograd.grad(loss_of(noted), noted)
+            grads = torch.autograd.grad(loss_of(noted), noted)  # those of residuals do not look at it
         else:
             grads = [p.grad for p in noted]
         before = copy.deepcopy((params, state))
-        updates, new_state = transform.update(list(grads), state, params, step=Step(loss_fn=loss_of, annotations=notes))
+        updates, new_state = transform.update(list(grads), state, params, step=Step(loss_fn=loss_fn, annotations=notes))
         torch.testing.assert_close((params, state), before, rtol=0, atol=0)  # nothing is written to
         params, state = apply_updates(params, updates), new_state
     return params, state
@@ -104,7 +105,10 @@ def test_ways_of_running_and_layouts_in_memory(name):
         assert_equal(params, odd, 1e-12)
 
 
-@every_module
+NO_PURE_FUNCTION = {"DirectWeightDecay": "it writes to the parameters, and says so; see its own test"}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NO_PURE_FUNCTION])
 def test_pure_functions_are_the_optimizer_bit_for_bit(name):
     params = make_params(name)
     optimizer = run(name, params, foreach=False)
@@ -183,6 +187,8 @@ NO_DERIVATIVE = {
     ("AccumulateMinimum", "decay"): "as the maximum",
     ("Adafactor", "d"): "at the default of 1 the first update of a vector is exactly at the limit",
     ("Muon", "momentum"): "bfloat16",
+    ("Prodigy", "weight_decay"): "its steps are so short that differences of the loss are rounding; see its own test",
+    ("SOAP", "shampoo_beta"): "bases are constants: eigenvectors have no derivative where eigenvalues are equal",
 }
 
 

@@ -16,6 +16,7 @@ from graphopt.optim.core.context import Number
 from graphopt.optim.core.module import Module
 from graphopt.optim.core.var import Var
 from graphopt.optim.core.vectors import flatten, unflatten
+from graphopt.optim.second_order.derivatives import check_curvature
 from graphopt.optim.second_order.hessian_products import HVPMethod, check_method, hessian_product
 
 
@@ -30,14 +31,18 @@ class NewtonCG(Module):
         maxiter: most products with H in a step; ``None`` for as many as there are elements.
         tol: of the residual, relative to u.
         reg: added to the diagonal of H.
-        hvp_method: how H is multiplied: ``"autograd"`` exactly; ``"forward"`` or ``"central"`` by differences of gradients,
-            which also works behind gradient approximations.
+        hvp_method: how H is multiplied: ``"autograd"`` and ``"forward_over_reverse"`` exactly; ``"forward"`` or ``"central"``
+            by differences of gradients, which also works behind gradient approximations.
         h: of differences the length of the step, in units of the parameters.
         warm_start: start from the solution of the step before rather than from 0.
 
     Raises:
         OptionError: an option is not valid.
-        ModuleError: in a step, if autograd cannot be used.
+        ModuleError: in a step, if autograd cannot be used, or the loss has no curvature along u.
+        UnsupportedError: in a step, if an operator in the loss cannot be differentiated as ``hvp_method`` asks for.
+
+    Cost: one gradient and at most ``maxiter`` products with the Hessian, of about two gradients each (``"forward"``: one);
+    ``"autograd"`` keeps the graph of the gradient meanwhile.
 
     Reference: Nocedal, Wright, "Numerical Optimization", 2nd edition, 2006, algorithm 7.1.
     """
@@ -79,20 +84,37 @@ class NewtonCG(Module):
         if start is not None and start.shape != right.shape:
             start = None
         solutions = conjugate_gradients(
-            lambda vector: multiply(vector).to(right.dtype) + float(reg) * vector,
+            with_curvature(self, multiply, float(reg), right),
             right,
             start,
             float(tol),
             right.numel() if maxiter is None else maxiter,
         )
-        solution = solutions[0] if len(solutions) == 1 else _best(solutions, var)
+        solution = solutions[0] if len(solutions) == 1 else best_of(solutions, var)
         if warm_start:
             state["prev_solution"] = solution
         var.update = unflatten(solution, update)
         return var
 
 
-def _best(candidates: Sequence[Tensor], var: Var) -> Tensor:
+def with_curvature(
+    module: Module, multiply: Callable[[Tensor], Tensor], reg: float, right: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """Multiply by ``H + reg I``; raises if the first product shows no curvature at all, with which reg alone would decide."""
+    is_first = True
+
+    def product(vector: Tensor) -> Tensor:
+        nonlocal is_first
+        curved = multiply(vector).to(right.dtype)
+        if is_first:
+            check_curvature(module, curved, vector)
+            is_first = False
+        return curved + reg * vector
+
+    return product
+
+
+def best_of(candidates: Sequence[Tensor], var: Var) -> Tensor:
     """The update that leads to the lowest loss."""
     losses = []
     with restored(var.params) as starts:
@@ -105,7 +127,12 @@ def _best(candidates: Sequence[Tensor], var: Var) -> Tensor:
 
 
 def conjugate_gradients(
-    multiply: Callable[[Tensor], Tensor], right: Tensor, start: Tensor | None, tol: float, maxiter: int
+    multiply: Callable[[Tensor], Tensor],
+    right: Tensor,
+    start: Tensor | None,
+    tol: float,
+    maxiter: int,
+    precondition: Callable[[Tensor], Tensor] = lambda residual: residual,
 ) -> list[Tensor]:
     """Solve a symmetric system, up to the first direction of negative curvature.
 
@@ -115,6 +142,7 @@ def conjugate_gradients(
         start: where to start; ``None`` for 0.
         tol: the least residual, relative to ``right``.
         maxiter: the most products.
+        precondition: multiplies a vector by a positive definite matrix that is about the inverse.
 
     Returns:
         The solution; two to choose from if the last direction was one of negative curvature.
@@ -127,9 +155,10 @@ def conjugate_gradients(
         remaining = right - multiply(start)
         if float(remaining.norm()) < length:  # otherwise it is no better than 0
             solution, residual = start, remaining
-    direction, square = residual, residual.dot(residual)
+    direction = precondition(residual)
+    square = residual.dot(direction)
     for index in range(maxiter):
-        if float(square) ** 0.5 <= tol * length:
+        if float(residual.norm()) <= tol * length:
             break
         product = multiply(direction)
         curvature = direction.dot(product)
@@ -138,8 +167,9 @@ def conjugate_gradients(
         step_size = square / curvature
         solution = solution + step_size * direction
         residual = residual - step_size * product
-        new_square = residual.dot(residual)
-        direction, square = residual + direction * (new_square / square), new_square
+        scaled = precondition(residual)
+        new_square = residual.dot(scaled)
+        direction, square = scaled + direction * (new_square / square), new_square
     return [solution]
 
 

@@ -86,6 +86,7 @@ def build(cls, **options):
 NEEDED = {name: {"min": -1.0, "max": 1.0} for name in ("Clip", "ClipModules")}
 NEEDED["GaussianHomotopy"] = {"n_samples": 2}
 NEEDED["MeZO"] = {"lr": 0.5}  # without it, the option of a group belongs to a module that follows
+NEEDED |= {"NystromPCG": {"sketch_size": 2}, "NystromSketchAndSolve": {"rank": 2}}
 REQUIRED = {"filter": lambda param: True, "metric": "l2"}
 
 

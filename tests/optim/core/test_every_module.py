@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from graphopt.optim import Modular, m
-from tests.optim.examples import MATRICES_ONLY, NAMES, is_matrix
+from tests.optim.examples import MATRICES_ONLY, NAMES, RESIDUALS, is_matrix, residuals_of
 from tests.optim.examples import make as make_example
 from tests.optim.training import set_gradients
 
@@ -33,6 +33,10 @@ def needs_closure(optimizer):
     return any(entry.module.needs_closure for entry in optimizer._named)
 
 
+def needs_residuals(optimizer):
+    return any(type(entry.module).__name__ in RESIDUALS for entry in optimizer._named)
+
+
 def train(optimizer, model, steps):
     """On gradients that are given, or with a closure; random numbers are those of the step."""
     params = list(model.parameters())
@@ -44,6 +48,8 @@ def train(optimizer, model, steps):
             continue
 
         def closure(backward=True):
+            if needs_residuals(optimizer):
+                return residuals_of(params)
             loss = sum(((p - 0.3) ** 2).sum() * (1 + i) for i, p in enumerate(params)) + (params[0] ** 4).sum()
             if backward:
                 optimizer.zero_grad()
