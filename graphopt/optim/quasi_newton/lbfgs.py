@@ -104,14 +104,12 @@ class LBFGS(VectorModule):
         products = None
         if is_first:
             state["num_pairs_seen"] = 0
-        else:
-            state["num_pairs_seen"] += 1
-            if (state["num_pairs_seen"] - 1) % settings.update_freq == 0:
-                products = self._learn(update, inner, param, state, settings)
+        elif self.learns_before_the_product(settings):
+            products = self.learn(update, inner, param, state, settings)
         direction = inner
         if pairs.count(state):
             if products is None:
-                products = (pairs.rows(state) @ inner).to(**SMALL)
+                products = pairs.products(inner, state)
             direction = self._multiply(inner, products, state)
         state["prev_flat_param"], state["prev_flat_grad"] = param, update
         if inner is update and pairs.count(state):
@@ -122,17 +120,22 @@ class LBFGS(VectorModule):
         direction = _follow(direction, settings.z_beta, "direction_avg", state)
         return shorten_first(direction) if is_first and settings.scale_first else direction
 
-    def products_with_old_gradient(self, state: StateView) -> Tensor | None:
-        """The products of all pairs with the old gradient, if they are known."""
-        products: Tensor | None = state.get("prev_products")
-        return None if products is None else products.to(**SMALL)
+    def learns_before_the_product(self, settings: Settings) -> bool:
+        """Whether a step uses the pair of the last one; if not, somebody else calls `learn`."""
+        return True
 
-    def _learn(
+    def learn(
         self, update: Tensor, inner: Tensor, param: Tensor, state: StateView, settings: Settings
     ) -> Tensor | None:
-        """Keep the pair of the last step; returns the products of all pairs with ``inner`` if they are known."""
-        s, y = state["prev_flat_param"], state["prev_flat_grad"]
-        before = self.products_with_old_gradient(state)
+        """Keep the pair of the last step.
+
+        Returns:
+            The products of all pairs with ``inner``, if they are known now.
+        """
+        state["num_pairs_seen"] += 1
+        if (state["num_pairs_seen"] - 1) % settings.update_freq:
+            return None
+        s, y, before = state["prev_flat_param"], state["prev_flat_grad"], state.get("prev_products")
         if self._bound.replaces:
             s, y = param - s, update - y
         else:  # where the old ones were: new memory takes longer than a subtraction
@@ -162,7 +165,7 @@ class LBFGS(VectorModule):
         s_dot_y, y_dot_y = own[:1], own[1:]
         slots = pairs.ages(state) if num else []
         if num:
-            changes = (old_parts[1] if before is None else old_parts[0] - before).view(num, 2)[slots]
+            changes = (old_parts[1] if before is None else old_parts[0] - before.to(**SMALL)).view(num, 2)[slots]
             s_dot_y, y_dot_y = torch.cat([changes[:, 0], s_dot_y]), torch.cat([changes[:, 1], y_dot_y])
         pairs.put_products(s_dot_y, y_dot_y, settings.history_size, y.dtype, state)
         is_full = num == settings.history_size

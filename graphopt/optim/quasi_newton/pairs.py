@@ -40,6 +40,11 @@ def rows(state: StateView) -> Tensor:
     return pairs.flatten(0, 1)
 
 
+def products(vector: Tensor, state: StateView) -> Tensor:
+    """The inner products of all s and y, in turn, with a vector; shape (2 k,), on the CPU."""
+    return (rows(state) @ vector).to(**SMALL)
+
+
 def ages(state: StateView) -> list[int]:
     """The places of the pairs in the buffer, the oldest first."""
     num, first = count(state), int(state["next_slot"])
@@ -66,9 +71,7 @@ def put(s: Tensor, y: Tensor, history_size: int, state: StateView, in_place: boo
     state["next_slot"] = (slot + 1) % history_size if num + 1 >= history_size else 0
 
 
-def put_products(
-    s_dot_y: Tensor, y_dot_y: Tensor, history_size: int, dtype: torch.dtype, state: StateView
-) -> None:
+def put_products(s_dot_y: Tensor, y_dot_y: Tensor, history_size: int, dtype: torch.dtype, state: StateView) -> None:
     """Keep the inner products of a new pair's y with every s and y, the oldest first and its own last; shape (k + 1,)."""
     for name, column in (("s_dot_y", s_dot_y), ("y_dot_y", y_dot_y)):
         num = len(column)
