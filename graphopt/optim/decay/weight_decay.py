@@ -31,11 +31,13 @@ class WeightDecay(Rule):
 
     def update(self, update: Tensor, state: Any, settings: Settings, context: Context) -> tuple[Tensor, Any]:
         """One step."""
-        param, order = context.param.to(update.dtype), settings.ord
-        if order == 1:
-            pull = param.sign()
-        elif order == 2:
-            pull = param
-        else:
-            pull = param.abs() ** (order - 1) * param.sign()
-        return update + pull * settings.weight_decay, state
+        return update + pull(context.param.to(update.dtype), settings.ord) * settings.weight_decay, state
+
+
+def pull(param: Tensor, order: float) -> Tensor:
+    """The derivative of ``|θ|^order / order``."""
+    if order == 1:
+        return param.sign()
+    if order == 2:
+        return param
+    return param.abs() ** (order - 1) * param.sign()
