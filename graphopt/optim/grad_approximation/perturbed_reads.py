@@ -40,7 +40,7 @@ class PerturbedReads(_compat.TorchDispatchMode):
     """
 
     def __init__(self, params: Sequence[Tensor], value_of: Callable[[int], Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.num_reads = 0
         self._params, self._value_of = list(params), value_of
         self._in_storage: defaultdict[int, list[int]] = defaultdict(list)
@@ -61,26 +61,26 @@ class PerturbedReads(_compat.TorchDispatchMode):
             set() if schema is None else {a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write}
         )
         names = [] if schema is None else [argument.name for argument in schema.arguments]
-        originals: dict[int, Tensor] = {}
-        stand_ins: list[Tensor] = []  # kept, so that their ids stay theirs
+        pairs: list[tuple[Tensor, Tensor]] = []
+        arguments = [
+            self._replaced(value, index < len(names) and names[index] in written, pairs)
+            for index, value in enumerate(args)
+        ]
+        options = {name: self._replaced(value, name in written, pairs) for name, value in kwargs.items()}
+        result = func(*arguments, **options)
+        # An operation in place returns what was passed in.
+        return next((original for original, stand_in in pairs if result is stand_in), result)
 
-        def replaced(value: Any, is_written: bool) -> Any:
-            if isinstance(value, Tensor):
-                new = self._seen(value, is_written)
-                if new is not value:
-                    originals[id(new)] = value
-                    stand_ins.append(new)
-                return new
-            if isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value):
-                return type(value)([replaced(part, is_written) for part in value])
-            return value
-
-        args = [replaced(value, index < len(names) and names[index] in written) for index, value in enumerate(args)]
-        kwargs = {name: replaced(value, name in written) for name, value in kwargs.items()}
-        result = func(*args, **kwargs)
-        if isinstance(result, Tensor):
-            return originals.get(id(result), result)  # an operation in place returns what was passed in
-        return result
+    def _replaced(self, value: Any, is_written: bool, pairs: list[tuple[Tensor, Tensor]]) -> Any:
+        """An argument, with what is to be seen in place of parameters; these are noted in pairs."""
+        if isinstance(value, Tensor):
+            stand_in = self._seen(value, is_written)
+            if stand_in is not value:
+                pairs.append((value, stand_in))
+            return stand_in
+        if isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value):
+            return type(value)([self._replaced(part, is_written, pairs) for part in value])
+        return value
 
     def _seen(self, tensor: Tensor, is_written: bool) -> Tensor:
         """The tensor itself, or what is to be seen in place of a parameter or a part of it."""
@@ -107,7 +107,7 @@ class PerturbedReads(_compat.TorchDispatchMode):
         if any(param.dtype != tensor.dtype for param, _ in params):
             raise UnsupportedError(f"the memory of a parameter of {params[0][0].dtype} is read as {tensor.dtype}")
         empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        whole = empty.set_(tensor.untyped_storage()).clone()  # type: ignore[call-overload]
+        whole = empty.set_(tensor.untyped_storage()).clone()
         for param, index in params:
             _part(whole, param).copy_(self._value_of(index))
         return whole

@@ -64,4 +64,5 @@ def smooth(vector: Tensor, sigma: Number) -> Tensor:
     size = vector.numel()
     frequencies = torch.arange(size // 2 + 1, dtype=vector.dtype, device=vector.device)
     factors = 1 + 4 * sigma * torch.sin(frequencies * (torch.pi / size)) ** 2
-    return torch.fft.irfft(torch.fft.rfft(vector) / factors, n=size)
+    smoothed: Tensor = torch.fft.irfft(torch.fft.rfft(vector) / factors, n=size)
+    return smoothed

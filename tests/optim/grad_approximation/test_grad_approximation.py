@@ -8,6 +8,7 @@ import torch
 from graphopt.errors import ClosureError, ModuleError, NonFiniteError, OptionError
 from graphopt.optim import GradApproximator, Modular, m
 from graphopt.optim.core.transform import Step, chain
+from tests.optim.catalogue import accepts
 from tests.optim.problems import Problem, booth, in_plane, rosenbrock, steps_until
 
 DEGREE_AND_CALLS = {  # of the polynomials that are exact; evaluations for three elements
@@ -36,6 +37,7 @@ def polynomial(degree):
     return lambda a, b: sum((i + 1.0) * a.sum() ** i + (i - 2.0) * b.sum() ** i for i in range(1, degree + 1))
 
 
+@accepts("G1")
 @pytest.mark.parametrize("formula", DEGREE_AND_CALLS)
 def test_fdm_is_exact_on_polynomials_of_its_degree_and_of_no_higher_one(formula):
     degree, num_calls = DEGREE_AND_CALLS[formula]
@@ -48,6 +50,7 @@ def test_fdm_is_exact_on_polynomials_of_its_degree_and_of_no_higher_one(formula)
         assert problem.calls == [False] * num_calls
 
 
+@accepts("G2", "G4")
 @pytest.mark.parametrize("distribution", ["gaussian", "uniform", "sphere", "rademacher"])
 def test_random_differences_of_a_linear_function_are_its_gradient_on_average(distribution):
     slope_a, slope_b = torch.tensor([1.0, -2.0], dtype=torch.float64), 3.0
@@ -63,6 +66,7 @@ def test_random_differences_of_a_linear_function_are_its_gradient_on_average(dis
     assert len(problem.calls) == 2 * samples
 
 
+@accepts("G2")
 def test_each_parameter_has_its_own_step():
     problem = Problem(lambda a, b: 2 * a + 5 * b, 1.0, 1.0)
     _, b = problem.params
@@ -78,6 +82,7 @@ def test_each_parameter_has_its_own_step():
     assert all(abs(abs(x - 1) - 1e-2) < 1e-5 and abs(abs(y - 1) - 0.5) < 1e-5 for x, y in seen)
 
 
+@accepts("G3", "G6", "G4")
 def test_spsa_is_randomized_fdm_and_smoothing_has_the_mean_of_the_slope():
     first, second = (estimate(in_plane(rosenbrock), cls(n_samples=3, seed=5)) for cls in (m.SPSA, m.RandomizedFDM))
     assert torch.equal(first[0], second[0])
@@ -86,21 +91,60 @@ def test_spsa_is_randomized_fdm_and_smoothing_has_the_mean_of_the_slope():
     assert found == pytest.approx(3.0, abs=3 * 3 * 2**0.5 / 2000**0.5)  # z² has variance 2
 
 
-def test_directions_turn_slowly_with_beta_and_span_a_subspace():
+@accepts("G8")
+def test_updates_are_in_the_span_of_directions_which_turns_slowly_with_beta():
+    """A new direction is old ones, and ``1 - beta`` times a fresh one, here of length √n."""
     problem = Problem(lambda x: (x**2).sum(), [1.0] * 6)
-    module = m.RandomizedFDM(n_samples=2, beta=0.99, seed=0, distribution="gaussian")
-    optimizer = Modular(problem.params, module, m.LR(0.01))
+    optimizer = Modular(problem.params, m.RandomizedFDM(n_samples=2, beta=0.99, seed=0), m.LR(0.01))
     before = None
-    for _ in range(3):
+    for _ in range(4):
         start = problem.vector
         optimizer.step(problem.closure)
         z = optimizer.state[problem.params[0]]["randomizedfdm.directions"].clone()
-        move = problem.vector - start
-        rest = move - z.T @ torch.linalg.lstsq(z.T, move[:, None]).solution[:, 0]
-        assert float(rest.norm()) < 1e-10 * float(move.norm()) + 1e-15
+        assert float(outside(z, problem.vector - start).norm()) < 1e-10 * float((problem.vector - start).norm())
         if before is not None:
-            assert float((z - before).abs().max()) < 0.01 * 12
+            assert all(float(outside(before, row).norm()) <= 0.01 * 6**0.5 * (1 + 1e-9) for row in z)
+            assert not torch.equal(before, z)
         before = z
+
+
+def outside(rows, vector):
+    """The part of a vector that is not in the span of others."""
+    return vector - rows.T @ torch.linalg.lstsq(rows.T, vector[:, None]).solution[:, 0]
+
+
+@accepts("G8")
+def test_directions_that_turn_slowly_keep_a_covariance_of_one():
+    """Averages of random numbers are shorter than these; estimates would be shorter as the square of that."""
+    size, beta = 20_000, 0.9
+    seen = []
+    param = torch.zeros(size, dtype=torch.float64, requires_grad=True)
+    optimizer = Modular([param], m.RDSA(beta=beta, seed=0, formula="forward2"), m.LR(0.0))
+    for _ in range(12):
+        optimizer.step(lambda backward=True: seen.append(param.detach() / 1e-3) or param.sum())
+    moved = [z for z in seen if bool(z.any())]
+    variances = [1.0]
+    for _ in range(11):
+        variances.append(beta**2 * variances[-1] + (1 - beta) ** 2)
+    for index, z in enumerate(moved):
+        assert float(z.square().mean()) == pytest.approx(1, abs=5 * (2 / size) ** 0.5)
+        if index:
+            similarity = beta * (variances[index - 1] / variances[index]) ** 0.5
+            assert float((z * moved[index - 1]).mean()) == pytest.approx(similarity, abs=5 * (2 / size) ** 0.5)
+    assert len(moved) == 12
+
+
+@accepts("G3", "G4")
+@pytest.mark.parametrize(("kind", "distribution"), [(m.SPSA, "rademacher"), (m.RDSA, "gaussian")])
+def test_by_their_names_and_by_their_distributions(kind, distribution):
+    runs = []
+    for module in (kind(n_samples=2, seed=3), m.RandomizedFDM(n_samples=2, distribution=distribution, seed=3)):
+        problem = in_plane(booth)
+        optimizer = Modular(problem.params, module, m.LR(0.01))
+        for _ in range(5):
+            optimizer.step(problem.closure)
+        runs.append(problem.vector)
+    assert torch.equal(*runs)
 
 
 def test_parameters_come_back_bit_for_bit():
@@ -112,6 +156,10 @@ def test_parameters_come_back_bit_for_bit():
             m.FDM(),
             m.SPSA(seed=0),
             m.GaussianSmoothing(n_samples=3, seed=0),
+            m.MeZO(seed=0),
+            m.MeZO(seed=0, perturb="params"),
+            m.MeZO(seed=0, lr=0.0),
+            m.ForwardGradient(seed=0),
         ]
         for module in modules:
             optimizer = Modular([param], module, m.LR(0.0))
@@ -179,6 +227,7 @@ def test_the_zeroth_order_example_of_seed_003():
     assert set(problem.calls) == {False}
 
 
+@accepts("G2")
 def test_the_same_seed_is_the_same_run_also_after_loading():
     def run(num_steps, saved_at=None):
         problem = in_plane(booth)
@@ -249,6 +298,18 @@ def test_a_loss_that_is_not_finite(module, bad):
     with pytest.raises(NonFiniteError, match=r"module 1 of 2, \w+: the loss is (nan|inf).*nothing was changed"):
         optimizer.step(problem.closure)
     assert problem.vector.tolist() == [1.0, 2.0]
+
+
+def test_after_a_loss_that_is_not_finite_the_next_step_is_made():
+    problem = Problem(lambda x: (x * problem.factor).sum(), [1.0, 2.0])
+    problem.factor = float("nan")
+    optimizer = Modular(problem.params, m.FDM(), m.LR(0.1))
+    for _ in range(2):
+        with pytest.raises(NonFiniteError, match="FDM: the loss is nan"):
+            optimizer.step(problem.closure)
+    problem.factor = 1.0
+    optimizer.step(problem.closure)
+    assert problem.vector.tolist() == pytest.approx([0.9, 1.9])
 
 
 def test_a_rule_in_front_is_in_vain():

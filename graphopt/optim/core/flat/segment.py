@@ -112,7 +112,7 @@ class FlatSegment:
 
     def _make_plan(self, var: Var, takes_grad: bool) -> None:
         self._plan, self._loop, self._state_entries, self._state_keys, self._state = [], [], [], [], []
-        self._planned_for, self._planned_with = list(var.params), (takes_grad, var.maximize)
+        self._planned_for = []  # a plan that an error of the closure cut off must not be taken for one
         mode = self._choose_mode(var)
         groups: defaultdict[Any, list[int]] = defaultdict(list)
         for index, param in enumerate(var.params):
@@ -138,6 +138,7 @@ class FlatSegment:
             groups[kind, same, id(var.counts[index]), note_numbers].append(index)
         for (kind, _, _, _), indices in groups.items():
             self._plan_kind(kind, indices, var, mode)
+        self._planned_for, self._planned_with = list(var.params), (takes_grad, var.maximize)
 
     def _choose_mode(self, var: Var) -> str:
         if self.mode != "auto":
