@@ -44,7 +44,10 @@ from graphopt.optim.grad_approximation.randomized_fdm import GaussianSmoothing a
 from graphopt.optim.grad_approximation.randomized_fdm import RandomizedFDM as RandomizedFDM
 from graphopt.optim.line_search.backtracking import AdaptiveBacktracking as AdaptiveBacktracking
 from graphopt.optim.line_search.backtracking import Backtracking as Backtracking
+from graphopt.optim.line_search.grid_line_search import GridLineSearch as GridLineSearch
+from graphopt.optim.line_search.scipy_minimize_scalar import ScipyMinimizeScalar as ScipyMinimizeScalar
 from graphopt.optim.line_search.strong_wolfe import StrongWolfe as StrongWolfe
+from graphopt.optim.line_search.trust_region import TrustRegion as TrustRegion
 from graphopt.optim.momentum.averaging import Averaging as Averaging
 from graphopt.optim.momentum.averaging import MedianAveraging as MedianAveraging
 from graphopt.optim.momentum.averaging import WeightedAveraging as WeightedAveraging
@@ -124,8 +127,13 @@ from graphopt.optim.ops.unary import Negate as Negate
 from graphopt.optim.ops.unary import Reciprocal as Reciprocal
 from graphopt.optim.ops.unary import Sign as Sign
 from graphopt.optim.ops.unary import Sqrt as Sqrt
+from graphopt.optim.projections.cosine import DCTProjection as DCTProjection
+from graphopt.optim.projections.fourier import FFTProjection as FFTProjection
+from graphopt.optim.projections.galore import GaLore as GaLore
 from graphopt.optim.projections.structural import BlockPartition as BlockPartition
+from graphopt.optim.projections.structural import TensorizeProjection as TensorizeProjection
 from graphopt.optim.projections.structural import VectorProjection as VectorProjection
+from graphopt.optim.projections.tensor_norms import TensorNormsProjection as TensorNormsProjection
 from graphopt.optim.quasi_newton.classic import BFGS as BFGS
 from graphopt.optim.quasi_newton.classic import DFP as DFP
 from graphopt.optim.quasi_newton.classic import SR1 as SR1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -35,7 +36,8 @@ class Projection(Module):
 
     These tensors have the values of the projected parameters. With ``project_params`` the modules inside may move them and
     evaluate the closure there: line searches and gradient approximations run inside. Gradients are projected by `project`,
-    which is right where `unproject` is its transpose (rotations, reshaping).
+    too: where `unproject` is not its transpose (as it is of rotations and of reshaping), it must do with gradients what that
+    transpose does, so that slopes are right.
 
     Args:
         modules: what runs inside.
@@ -187,8 +189,11 @@ class Projection(Module):
             owners = [self.owner_of(index, len(values), var.params) for index in range(len(values))]
             # (The parameters are kept so that their ids stay theirs.)
             known = _StandIns(list(var.params), [value.detach().clone() for value in values], owners)
-            for index, (tensor, owner) in enumerate(zip(known.tensors, owners, strict=True)):
-                store.stand_in(tensor, var.params[owner], f"{self._bound.path}/{index}:")
+            # Numbered for each owner, so that parameters which miss a step do not rename what belongs to the others.
+            numbers: Counter[int] = Counter()
+            for tensor, owner in zip(known.tensors, owners, strict=True):
+                store.stand_in(tensor, var.params[owner], f"{self._bound.path}/{numbers[owner]}:")
+                numbers[owner] += 1
             self._stand_ins[key] = known
         for tensor, value in zip(known.tensors, values, strict=True):
             tensor.copy_(value)
