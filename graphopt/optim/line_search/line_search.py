@@ -117,6 +117,10 @@ class LineSearch(Module):
         """The derivative of the loss with respect to the step size at 0; negative if the update descends."""
         return -inner_product(var.get_grad(), var.get_update())
 
+    def best_step_size(self) -> float:
+        """Of those that were tried in this search, and 0, the one with the lowest loss."""
+        return min(self._tried, key=lambda size: _or_infinity(self._tried[size]))
+
     def step(self, var: Var) -> Var:
         """Search, and scale the update."""
         update, loss = var.get_update(), number(var.get_loss(backward=self.uses_gradient))
@@ -125,7 +129,7 @@ class LineSearch(Module):
             try:
                 step_size = float(self.search(update, var))
             except _NoneLeft:
-                step_size = min(self._tried, key=lambda size: _or_infinity(self._tried[size]))
+                step_size = self.best_step_size()
             finally:
                 self._starts = None
         if not math.isfinite(step_size):

@@ -84,6 +84,7 @@ def build(cls, **options):
 
 # Arguments without a default that are neither numbers nor modules.
 NEEDED = {name: {"min": -1.0, "max": 1.0} for name in ("Clip", "ClipModules")}
+NEEDED["GridLineSearch"] = {"num": 4}
 NEEDED["GaussianHomotopy"] = {"n_samples": 2}
 NEEDED["MeZO"] = {"lr": 0.5}  # without it, the option of a group belongs to a module that follows
 NEEDED |= {"NystromPCG": {"sketch_size": 2}, "NystromSketchAndSolve": {"rank": 2}}

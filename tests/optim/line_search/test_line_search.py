@@ -1,14 +1,16 @@
 """Line searches: their conditions on random functions, the base class, and what happens where no step is good."""
 
 import math
+import sys
 
 import pytest
 import torch
 
-from graphopt.errors import ModuleError, NonFiniteError, OptionError
+from graphopt.errors import ModuleError, NonFiniteError, OptionError, UnsupportedError
 from graphopt.optim import LineSearch, Modular, Module, m
 from graphopt.optim.core.transform import Step, apply_updates, chain
-from tests.optim.problems import Exact, Problem, booth, in_plane, quadratic, rosenbrock
+from tests.optim.catalogue import accepts
+from tests.optim.problems import Exact, Problem, booth, in_plane, least_squares, quadratic, rosenbrock
 
 SEARCHES = [m.Backtracking, m.AdaptiveBacktracking, m.StrongWolfe]
 
@@ -60,18 +62,20 @@ def search_from_zero(function, search):
     return start, -slope * slope, end, -end_slope * slope, -problem.params[0].item() / slope
 
 
+@accepts("L3")
 def test_strong_wolfe_conditions_on_random_functions():
     failed = 0
-    for function in random_functions(400):
+    for function in random_functions(1000):
         start, slope, end, end_slope, size = search_from_zero(function, m.StrongWolfe(c2=0.1))
         assert end <= start
         failed += not (size > 0 and end <= start + 1e-4 * size * slope + 1e-12 and abs(end_slope) <= 0.1 * abs(slope))
     assert failed == 0
 
 
+@accepts("L1")
 def test_armijo_condition_on_random_functions():
     num_failed = 0
-    for function in random_functions(200):
+    for function in random_functions(1000):
         start, slope, end, _, size = search_from_zero(function, m.Backtracking(c=0.1, maxiter=20))
         assert size >= 0
         assert end <= start + 0.1 * size * slope + 1e-12
@@ -79,6 +83,7 @@ def test_armijo_condition_on_random_functions():
     assert num_failed == 0
 
 
+@accepts("L1", "L2")
 @pytest.mark.parametrize("module", [m.Backtracking, m.AdaptiveBacktracking])
 def test_booth(module):
     problem = in_plane(booth)
@@ -88,6 +93,7 @@ def test_booth(module):
     assert problem.loss < 1e-6
 
 
+@accepts("L2")
 def test_adaptive_backtracking_finds_the_scale():
     def calls(module):
         problem = in_plane(booth)
@@ -101,6 +107,7 @@ def test_adaptive_backtracking_finds_the_scale():
     assert calls(m.AdaptiveBacktracking()) < calls(m.Backtracking()) / 3
 
 
+@accepts("L2")
 @pytest.mark.parametrize("target_iters", [0, 1, 3])
 def test_the_first_step_of_the_next_search(target_iters):
     tried = []
@@ -136,6 +143,7 @@ def test_backtracking_reaches_further_after_a_failure():
     assert fixed.params[0].item() == 1
 
 
+@accepts("L3")
 @pytest.mark.parametrize("module", SEARCHES)
 def test_a_direction_that_does_not_descend_is_not_followed(module):
     for loss_of in (lambda x: x**2, lambda x: x * 0):
@@ -145,6 +153,7 @@ def test_a_direction_that_does_not_descend_is_not_followed(module):
         assert problem.params[0].item() == 1
 
 
+@accepts("L3")
 @pytest.mark.parametrize(
     "module", [lambda: m.Backtracking(try_negative=True), lambda: m.AdaptiveBacktracking(try_negative=True),
                lambda: m.StrongWolfe(plus_minus=True)]
@@ -319,3 +328,148 @@ def test_strong_wolfe_as_a_pure_function():
         params, state = apply_updates(params, updates), new
         optimizer.step(problem.closure)
         assert torch.equal(params[0], problem.params[0].detach())
+
+
+# -- step sizes by SciPy, from a grid, and of one trial
+
+
+@accepts("L4")
+@pytest.mark.parametrize("options", [{}, {"method": "golden"}, {"bounds": (0.0, 3.0)}, {"bracket": (0.0, 0.1, 2.0)}])
+def test_scipy_finds_the_exact_step_on_quadratics(options):
+    for seed in range(3):
+        problem, matrix = quadratic(4, 10, seed, cut=2)
+        grads = torch.cat(torch.autograd.grad(problem.loss_of(*problem.params), problem.params))
+        before, exact = problem.vector, float(grads @ grads / (grads @ matrix @ grads))
+        Modular(problem.params, m.ScipyMinimizeScalar(tol=1e-8, **options)).step(problem.closure)
+        torch.testing.assert_close(problem.vector, before - exact * grads, rtol=0, atol=1e-5 * float(grads.norm()))
+
+
+@accepts("L4")
+def test_scipy_on_booth_with_ten_evaluations():
+    problem = in_plane(booth)
+    optimizer = Modular(problem.params, m.ScipyMinimizeScalar(maxiter=10))
+    for number in range(50):
+        calls = len(problem.calls)
+        optimizer.step(problem.closure)
+        assert len(problem.calls) <= calls + 11, number
+    assert problem.loss < 1e-2
+
+
+def test_scipy_where_there_is_no_minimum_or_no_finite_loss():
+    for loss_of, direction in ((lambda x: -x, -1.0), (lambda x: 0 * x, 1.0), (lambda x: torch.sqrt(x), 1.0)):
+        problem = Problem(loss_of, 1.0)
+        Modular(problem.params, Direction(direction), m.ScipyMinimizeScalar(maxiter=30)).step(problem.closure)
+        assert math.isfinite(problem.loss)
+        assert problem.loss <= loss_of(torch.ones(()))
+
+
+@accepts("L6")
+def test_the_best_of_a_grid():
+    for function in random_functions(40):
+        grid = torch.linspace(-1, 2, 7, dtype=torch.float64)
+        expected = grid[min(range(7), key=lambda i: float(function(-grid[i])))]
+        problem = Problem(function, 0.0)
+        Modular(problem.params, Direction(1.0), m.GridLineSearch(-1, 2, 7)).step(problem.closure)
+        assert problem.params[0].item() == -expected
+        assert problem.calls == [False] * 8  # with the loss before the step
+    problem = Problem(lambda x: torch.log(x), 1.0)
+    Modular(problem.params, Direction(1.0), m.GridLineSearch(0.5, 1.5, 3)).step(problem.closure)
+    assert problem.params[0].item() == 0.5  # where the others are not finite
+    problem = Problem(lambda x: torch.log(x), 1.0)
+    Modular(problem.params, Direction(1.0), m.GridLineSearch(1.5, 2.5, 3)).step(problem.closure)
+    assert problem.params[0].item() == 1
+
+
+@accepts("L5")
+@pytest.mark.parametrize("function", [booth, least_squares, rosenbrock])
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_a_trust_region_never_goes_up(function, adaptive):
+    problem = in_plane(function, 2)
+    optimizer = Modular(problem.params, m.TrustRegion(adaptive=adaptive))
+    losses = [optimizer.step(problem.closure).item() for _ in range(50)] + [problem.loss]
+    assert losses == sorted(losses, reverse=True)
+    assert problem.calls == [True, False] * 50
+    if function is booth and adaptive:
+        assert problem.loss < 0.1
+
+
+@accepts("L5")
+@pytest.mark.parametrize("options", [{}, {"adaptive": False}])
+def test_a_trust_region_recovers(options):
+    problem = in_plane(least_squares)
+    optimizer = Modular(problem.params, m.TrustRegion(**options))
+    true = problem.loss_of
+    start = problem.vector
+    problem.loss_of = lambda point: true(point) * (1 + 1e6 * (point.detach() != start).any())
+    for _ in range(20):
+        optimizer.step(problem.closure)
+    assert torch.equal(problem.vector, start)
+    state = optimizer.state[problem.params[0]]
+    name = next(key for key in state if key.endswith(".step_size"))
+    assert state[name] < 0.01
+    problem.loss_of = true
+    sizes = []
+    for _ in range(60):
+        optimizer.step(problem.closure)
+        sizes.append(state[name])
+    assert max(sizes) > 0.005
+    assert problem.loss < (1e-6 if not options else 1e-2)
+
+
+def test_the_step_sizes_of_a_trust_region():
+    """By hand, on x² from 1 along 1: the loss at ``1 - a`` is ``(1 - a)²``."""
+    for adaptive, backtrack, expected in (
+        (False, True, [(8.0, 0.0), (4.0, 0.0), (2.0, 0.0), (1.0, 1.0), (3.0, 0.0)]),
+        (True, True, [(8.0, 0.0), (4.0, 0.0), (1.0, 1.0), (3.0, 0.0), (1.5, 1.5)]),
+        (False, False, [(8.0, 8.0), (4.0, 4.0)]),
+    ):
+        problem = Problem(lambda x: x**2, 1.0)
+        module = m.TrustRegion(nplus=3.0, nminus=0.5, init=8.0, adaptive=adaptive, backtrack=backtrack)
+        optimizer = Modular(problem.params, Direction(1.0), module)
+        for trial, made in expected:
+            tried, before = [], problem.params[0].item()
+            problem.loss_of = lambda x, tried=tried: tried.append(x.item()) or x**2
+            optimizer.step(problem.closure)
+            assert tried[1] == pytest.approx(before - trial)
+            assert before - problem.params[0].item() == pytest.approx(made)
+            if made == 1.0:
+                problem.params[0].data.fill_(1.0)
+
+
+def test_a_trust_region_does_not_step_into_infinities():
+    problem = Problem(lambda x: torch.log(x), 1.0)
+    Modular(problem.params, Direction(1.0), m.TrustRegion(init=2.0, backtrack=False)).step(problem.closure)
+    assert problem.params[0].item() == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (
+            lambda: m.ScipyMinimizeScalar("newton"),
+            "ScipyMinimizeScalar: method='newton'; expected one of brent, golden",
+        ),
+        (lambda: m.ScipyMinimizeScalar(maxiter=0), "ScipyMinimizeScalar: maxiter=0; expected an integer of at least 1"),
+        (lambda: m.ScipyMinimizeScalar(bounds=(1, 1)), r"ScipyMinimizeScalar: bounds=\(1, 1\); expected \(low, high\)"),
+        (
+            lambda: m.ScipyMinimizeScalar(bracket=(1, 1)),
+            r"ScipyMinimizeScalar: bracket=\(1, 1\); expected two or three",
+        ),
+        (
+            lambda: m.ScipyMinimizeScalar("bounded"),
+            "ScipyMinimizeScalar: method='bounded', bounds=None; expected bounds",
+        ),
+        (lambda: m.ScipyMinimizeScalar(bracket=(0, 1), bounds=(0, 1)), "ScipyMinimizeScalar: both bracket and bounds"),
+        (lambda: m.GridLineSearch(0.0, 1.0, 0), "GridLineSearch: num=0; expected an integer of at least 1"),
+        (lambda: m.TrustRegion(nminus=1.0), r"TrustRegion: nminus=1\.0; expected a number in \(0, 1\)"),
+    ],
+)
+def test_bad_options_of_these(make, text):
+    with pytest.raises(OptionError, match=text):
+        make()
+
+
+def test_scipy_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(UnsupportedError, match=r"ScipyMinimizeScalar needs scipy.*pip install graphopt\[wrappers\]"):
+        m.ScipyMinimizeScalar()

@@ -1,5 +1,7 @@
 """LBFGS, LSR1 and OnlineLBFGS against dense matrices, torch and each other."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -48,7 +50,7 @@ def test_lbfgs_is_bfgs_of_the_last_pairs(history):
     optimizer = Modular(problem.params, m.LBFGS(history, tol=1e-10), m.LR(0.1))
     rows = points_and_grads(optimizer, problem, 25)
     pairs, used = [], 0
-    for (x, g, _), (next_x, next_g, move) in zip(rows, rows[1:], strict=False):
+    for (x, g, _), (next_x, next_g, move) in pairwise(rows):
         s, y = next_x - x, next_g - g
         if s @ y > 1e-10:
             pairs = [*pairs, (s, y)][-history:]
