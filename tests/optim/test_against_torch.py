@@ -10,6 +10,7 @@ from torch import nn
 from graphopt import _compat
 from graphopt.errors import UnsupportedError
 from graphopt.optim import Modular, m
+from tests.optim.catalogue import accepts
 
 NUM_STEPS = 50
 LR = 0.02
@@ -220,6 +221,7 @@ def assert_equal(params, others, tolerance=1e-12):
         torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
 
 
+@accepts("O+torch")
 def test_every_optimizer_of_torch_has_rows():
     optimizers = {
         name
@@ -247,6 +249,7 @@ def test_sparse_gradients_are_refused():
         Modular([p], m.Adam(), m.LR(0.1)).step()
 
 
+@accepts("O1", "O6", "O9", "O11", "O+torch", "M1", "M2")
 @pytest.mark.parametrize("way", [{"foreach": False}, {"foreach": True}, {}], ids=str)
 @cases()
 def test_equals_torch(name, case, way):
@@ -297,6 +300,7 @@ def test_capturable(name, case):
     assert_equal(params, others)
 
 
+@accepts("R1")
 @pytest.mark.parametrize("way", [{"foreach": False}, {"foreach": True}], ids=str)
 @cases(without=IGNORES_SCHEDULERS, last_only=True)
 def test_lr_scheduler(name, case, way):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from graphopt import optim as tz
+from tests.optim.catalogue import accepts
 from tests.optim.training import largest_difference, make_params, train
 
 MISSING = ["SOAP", "Shampoo", "FullMatrixAdagrad", "GaLore"]
@@ -92,11 +93,13 @@ def adam(g, memory, step):
     return memory["m"] / (1 - 0.9**step) / ((memory["v"] / (1 - 0.999**step)).sqrt() + 1e-8)
 
 
+@accepts("K1")
 def test_grams():
     expected = follow(lambda *args: adam(*args).abs() * args[0].sign())
     assert largest_difference(run([tz.m.Adam(), tz.m.GradSign()]), expected) < 1e-12
 
 
+@accepts("K2")
 def test_laprop():
     def laprop(g, memory, step):
         memory["v"] = 0.99 * memory.get("v", 0) + 0.01 * g**2
@@ -106,6 +109,7 @@ def test_laprop():
     assert largest_difference(run([tz.m.RMSprop(), tz.m.EMA(0.9)]), follow(laprop)) < 1e-12
 
 
+@accepts("K3")
 def test_signum():
     def signum(g, memory, step):
         memory["b"] = 0.9 * memory.get("b", 0) + g
@@ -165,11 +169,13 @@ def of_torch(**options):
     return params
 
 
+@accepts("A1", "A2", "A3", "A5")
 @pytest.mark.parametrize("recipe", [recipe_1, recipe_2_debiased, recipe_3, recipe_5])
 def test_ways_to_make_adam_equal_that_of_torch(recipe):
     assert largest_difference(run(recipe(), range(20)), of_torch()) < 1e-12
 
 
+@accepts("A1", "A2", "A3", "A4", "A5")
 def test_ways_to_make_adam_equal_each_other():
     """The fourth adds ``eps`` before the correction, as the paper's section 2 does; on Rosenbrock that is no matter."""
     results = [run(recipe(), range(20)) for recipe in (recipe_1, recipe_2_debiased, recipe_3, recipe_5)]
@@ -177,6 +183,7 @@ def test_ways_to_make_adam_equal_each_other():
     assert largest_difference(run(recipe_4(), range(20)), run([tz.m.Adam(eps_inside=True)], range(20))) < 1e-13
 
 
+@accepts("A2")
 def test_the_second_way_as_it_is_printed():
     """It does not correct the average of gradients; only with ``debiased=True`` in both is it Adam."""
 
@@ -186,12 +193,14 @@ def test_the_second_way_as_it_is_printed():
     assert largest_difference(run(recipe_2()), follow(rule)) < 1e-12
 
 
+@accepts("A5")
 def test_amsgrad():
     expected = of_torch(amsgrad=True)
     assert largest_difference(run(recipe_5(amsgrad=True), range(20)), expected) < 1e-12
     assert largest_difference(run([tz.m.Adam(amsgrad=True)], range(20)), expected) < 1e-12
 
 
+@accepts("O1", "A1", "A2", "A3", "A4", "A5")
 def test_ways_to_make_adam_on_rosenbrock():
     def path(make):
         W = torch.tensor([-1.1, 2.5], dtype=torch.float64, requires_grad=True)

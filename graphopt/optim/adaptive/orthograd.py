@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphopt.optim.core.arithmetic import choose, dot, dot_of_all, norm_of_all
+from graphopt.optim.core.arithmetic import choose, dot, dot_of_all, norm, norm_of_all
 from graphopt.optim.core.bounds import NON_NEGATIVE, numbers
 from graphopt.optim.core.context import Context, Everything, Number, Settings
 from graphopt.optim.core.module import Rule
@@ -55,7 +55,7 @@ class OrthoGrad(Rule):
         if not settings.renormalize:
             return {"share": share}
         rest = [u - p * share.to(u.device, u.dtype) for u, p in zip(updates, params, strict=True)]
-        return {"share": share, "factor": _factor(updates, rest)}
+        return {"share": share, "factor": _factor(updates, rest, norm_of_all)}
 
     def update(self, update: Tensor, state: Any, settings: Settings, context: Context) -> tuple[Tensor, Any]:
         """One step."""
@@ -65,7 +65,9 @@ class OrthoGrad(Rule):
             rest = update - param * measured["share"]
             return (rest * measured["factor"] if settings.renormalize else rest), state
         rest = update - param * _share(dot(param, update), dot(param, param), settings)
-        return (rest * _factor([update], [rest]) if settings.renormalize else rest), state
+        return (
+            rest * _factor([update], [rest], lambda tensors: norm(tensors[0])) if settings.renormalize else rest
+        ), state
 
 
 def _share(product: Tensor, square: Tensor, settings: Settings) -> Tensor:
@@ -74,13 +76,13 @@ def _share(product: Tensor, square: Tensor, settings: Settings) -> Tensor:
     return product / choose(divisor > 0, divisor, torch.ones_like(divisor))
 
 
-def _factor(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+def _factor(before: Sequence[Tensor], after: Sequence[Tensor], norm_of: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
     """The quotient of norms, or 0."""
-    length = norm_of_all(after)
-    is_rounding = length <= norm_of_all(before) * torch.finfo(length.dtype).eps ** 0.5
+    length = norm_of(after)
+    is_rounding = length <= norm_of(before) * torch.finfo(length.dtype).eps ** 0.5
     # Norms of what is not zero: the derivative of a root is infinite at zero, and stays so behind torch.where.
     above, below = (
-        norm_of_all([choose(is_rounding.to(t.device), torch.ones_like(t), t) for t in tensors])
+        norm_of([choose(is_rounding.to(t.device), torch.ones_like(t), t) for t in tensors])
         for tensors in (before, after)
     )
     return choose(is_rounding, torch.zeros_like(length), above / below)

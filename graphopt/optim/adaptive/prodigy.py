@@ -108,7 +108,7 @@ class Prodigy(Rule):
 
     def init(self, param: Tensor, settings: Settings) -> ProdigyState:
         """Zeros; the first step fills in ``θ0`` and ``d0``."""
-        return ProdigyState(*[zeros(param) for _ in range(4)], scalar(param), scalar(param))
+        return ProdigyState(zeros(param), zeros(param), zeros(param), zeros(param), scalar(param), scalar(param))
 
     def measure_all(self, everything: Everything, settings: Settings) -> Mapping[str, Tensor]:
         """The estimate, before and after."""

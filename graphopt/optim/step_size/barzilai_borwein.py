@@ -78,11 +78,11 @@ class BarzilaiBorwein(Rule):
         each = [
             _products(*entry) for entry in zip(everything.updates, everything.contexts, everything.states, strict=True)
         ]
-        sums = [
+        ss, sy, yy, length = (
             torch.stack([value.to(before.device, before.dtype) for value in values]).sum()
             for values in zip(*each, strict=True)
-        ]
-        return {"step_size": _step_size(*sums, before, settings)}
+        )
+        return {"step_size": _step_size(ss, sy, yy, length, before, settings)}
 
     def update(
         self, update: Tensor, state: BarzilaiBorweinState, settings: Settings, context: Context

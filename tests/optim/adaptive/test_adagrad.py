@@ -5,12 +5,14 @@ import torch
 
 from graphopt.errors import OptionError
 from graphopt.optim import Modular, m
+from tests.optim.catalogue import accepts
 from tests.optim.outputs import on_numbers
 from tests.optim.training import make_params, train
 
 UPDATES = [1.0, -2.0, 4.0, 0.5, 3.0]
 
 
+@accepts("O6")
 @pytest.mark.parametrize("use_sqrt", [False, True])
 @pytest.mark.parametrize("power", [1, 2, 3.5])
 @pytest.mark.parametrize("momentum", [None, 0.5])

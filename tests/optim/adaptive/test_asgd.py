@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from graphopt.optim import Modular, m
+from tests.optim.catalogue import accepts
 from tests.optim.training import largest_difference, make_params, train
 
 
+@accepts("O+torch")
 @pytest.mark.parametrize("way", [{"foreach": False}, {"foreach": True}], ids=str)
 @pytest.mark.parametrize("t0", [0, 3, 100])
 def test_average_is_that_of_torch(t0, way):

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from graphopt.optim import Modular, m
+from tests.optim.catalogue import accepts
 from tests.optim.training import make_params, set_gradients
 
 
+@accepts("O8")
 @pytest.mark.parametrize("way", [{"foreach": False}, {"foreach": True}], ids=str)
 def test_equals_reference(way):
     params = make_params()

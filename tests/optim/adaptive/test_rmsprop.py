@@ -6,6 +6,7 @@ import pytest
 
 from graphopt.errors import OptionError
 from graphopt.optim import m
+from tests.optim.catalogue import accepts
 from tests.optim.outputs import on_numbers
 
 UPDATES = [1.0, -2.0, 4.0, 0.5, 3.0, -0.1, 0.0]
@@ -27,6 +28,7 @@ def rmsprop(smoothing, eps, centered, debiased, amsgrad, power, init):
     return outputs
 
 
+@accepts("O9")
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("start", [{"init": "zeros"}, {"init": "update"}, {"debiased": True}], ids=str)
 @pytest.mark.parametrize("kind", [{"centered": True}, {"pow": 3.0}, {}], ids=str)
@@ -36,6 +38,7 @@ def test_options(kind, start, amsgrad):
     assert on_numbers(lambda: [m.RMSprop(0.8, 0.1, **options)], UPDATES) == pytest.approx(expected, rel=1e-12)
 
 
+@accepts("O9")
 def test_inner_runs_once():
     """Its result is divided, but does not enter the average of squares."""
     expected, buffer, average = [], 0.0, 0.0

@@ -4,6 +4,7 @@ import pytest
 
 from graphopt.errors import OptionError
 from graphopt.optim import m
+from tests.optim.catalogue import accepts
 from tests.optim.outputs import on_numbers
 
 # Growth, two flips in a row, zeros before and after a flip.
@@ -30,6 +31,7 @@ def rprop(nplus, nminus, lb, ub, alpha, backtrack):
     return outputs
 
 
+@accepts("O11")
 @pytest.mark.parametrize("backtrack", [False, True])
 @pytest.mark.parametrize("limits", [(1e-6, 50.0), (0.2, 1.0), (0.6, 0.7)], ids=str)
 @pytest.mark.parametrize("factors", [(1.2, 0.5), (2.0, 0.9), (1.0, 1.0)], ids=str)

@@ -8,6 +8,7 @@ import torch
 
 from graphopt.errors import OptionError
 from graphopt.optim import Modular, m
+from tests.optim.catalogue import accepts
 from tests.optim.outputs import Noise, assert_equal_steps, make_tensors, noise_like, on_numbers, outputs, pure_outputs
 from tests.optim.training import largest_difference, make_params, train
 
@@ -40,6 +41,7 @@ def roots(values):
     return [math.sqrt(value) for value in values]
 
 
+@accepts("M3", "M12")
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
@@ -75,10 +77,12 @@ def test_equals_a_loop(make, expected):
     assert on_numbers(lambda: [make()], UPDATES) == pytest.approx(expected, rel=1e-12, abs=1e-9)
 
 
+@accepts("M3")
 def test_constant_updates_come_out_of_a_debiased_average():
     assert on_numbers(lambda: [m.EMA(0.9, debiased=True)], [2.5] * 6) == pytest.approx([2.5] * 6, rel=1e-14)
 
 
+@accepts("M12")
 def test_centered_rmsprop_of_torch():
     params, others = make_params(), make_params()
     modules = [m.Div([m.CenteredSqrtEMASquared(0.99), m.Add(1e-8)]), m.LR(0.01)]
@@ -96,11 +100,13 @@ HISTORY = [
 ]
 
 
+@accepts("M4", "M5", "M6")
 @pytest.mark.parametrize(("make", "updates", "expected"), HISTORY)
 def test_averages_of_the_last_updates(make, updates, expected):
     assert on_numbers(lambda: [make()], updates) == pytest.approx(expected)
 
 
+@accepts("M4", "M5")
 @pytest.mark.parametrize("size", [1, 4])
 def test_averages_of_the_last_updates_against_statistics(size):
     updates = noise_like(torch.empty(9), 3).tolist()
@@ -111,6 +117,7 @@ def test_averages_of_the_last_updates_against_statistics(size):
     )
 
 
+@accepts("M4")
 def test_an_average_does_not_drift():
     """A number far from all others leaves nothing behind in float32."""
     p = torch.zeros(2, requires_grad=True)
@@ -131,6 +138,7 @@ def cautious(u, g, mode, normalize):
     return torch.where(agrees, u, g if mode == "grad" else -u)
 
 
+@accepts("M7", "M11")
 @pytest.mark.parametrize(
     ("mode", "normalize"), [("zero", False), ("zero", True), ("grad", False), ("backtrack", False)]
 )
@@ -150,6 +158,7 @@ def test_cautious(mode, normalize):
             assert_equal_steps(outputs(chain, [grads], **way), expected)
 
 
+@accepts("M7")
 def test_cautious_of_the_catalogue():
     given = {"u": [1.0, 1.0, 2.0, 2.0], "g": [1.0, -1.0, 2.0, -2.0]}
     grads = [[torch.tensor(given["g"], dtype=torch.float64)]]
@@ -157,6 +166,7 @@ def test_cautious_of_the_catalogue():
     assert out[0].tolist() == [2, 0, 4, 0]
 
 
+@accepts("M8", "M11")
 def test_scale_by_cosine_similarity():
     """One cosine for all tensors."""
     grads = [make_tensors(1)]
@@ -173,6 +183,7 @@ def test_scale_by_cosine_similarity():
         assert_equal_steps([out], [[factor * g for g in grads[0]]])
 
 
+@accepts("M8")
 def test_scale_by_cosine_similarity_of_a_right_angle():
     grads = [[torch.tensor([3.0, 4.0], dtype=torch.float64)]]
     (out,) = outputs(lambda: [m.GramSchimdt(m.Grad()), m.Add(m.Zeros()), m.ScaleByGradCosineSimilarity()], grads)

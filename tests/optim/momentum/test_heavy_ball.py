@@ -5,11 +5,13 @@ import torch
 
 from graphopt.errors import OptionError
 from graphopt.optim import Modular, m
+from tests.optim.catalogue import accepts
 from tests.optim.training import largest_difference, make_params, train
 
 WAYS = [{"foreach": False}, {"foreach": True}, {}]
 
 
+@accepts("M1", "M2")
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize(
@@ -77,6 +79,7 @@ def run(module, updates=UPDATES):
     return outputs
 
 
+@accepts("M1", "M2")
 @pytest.mark.parametrize("debiased", [False, True])
 @pytest.mark.parametrize("lerp", [False, True])
 def test_options(lerp, debiased):

@@ -5,6 +5,7 @@ import torch
 
 from graphopt.errors import OptionError
 from graphopt.optim import Modular, m
+from tests.optim.catalogue import accepts
 from tests.optim.outputs import assert_equal_steps, make_tensors, on_numbers, outputs, pure_outputs
 
 WAYS = [{"foreach": False}, {"foreach": True}]
@@ -17,6 +18,7 @@ def on_vector(make, vector):
     return out[0].tolist()
 
 
+@accepts("S1", "S3")
 @every_way
 @pytest.mark.parametrize("order", [1, 2, 3, INF])
 def test_norms_of_each_tensor(order, way):
@@ -28,6 +30,7 @@ def test_norms_of_each_tensor(order, way):
     assert_equal_steps(outputs(lambda: [m.Normalize(0.5, order)], grads, **way), expected)
 
 
+@accepts("S1", "S3")
 @pytest.mark.parametrize("order", [1, 2, INF])
 @pytest.mark.parametrize("limit", [0.5, 1e3])
 def test_one_norm_of_all_tensors_is_that_of_torch(order, limit):
@@ -44,6 +47,7 @@ def test_one_norm_of_all_tensors_is_that_of_torch(order, limit):
     assert torch.linalg.vector_norm(torch.cat([t.flatten() for t in out]), order).item() == pytest.approx(3.0)
 
 
+@accepts("S1", "S3")
 def test_clip_norm_and_normalize_of_small_vectors():
     assert on_vector(lambda: m.ClipNorm(1.0), [3.0, 4.0]) == pytest.approx([0.6, 0.8])
     assert on_vector(lambda: m.ClipNorm(10.0), [3.0, 4.0]) == [3, 4]
@@ -55,6 +59,7 @@ def test_clip_norm_and_normalize_of_small_vectors():
     assert on_vector(lambda: m.ClipNorm(1.0, min_size=2), [3.0, 4.0]) == pytest.approx([0.6, 0.8])
 
 
+@accepts("S1", "S3", "S4")
 @pytest.mark.parametrize(
     ("options", "axes"),
     [
@@ -84,6 +89,7 @@ def test_slices(options, axes):
     assert_equal_steps(outputs(lambda: [m.Centralize(**{"min_size": 1, **options})], grads), centred)
 
 
+@accepts("S4")
 @every_way
 def test_centralize(way):
     grads = [make_tensors(1)]
@@ -94,6 +100,7 @@ def test_centralize(way):
     assert_equal_steps(outputs(lambda: [m.Centralize("global")], grads, **way), expected)
 
 
+@accepts("S5", "S6", "S7", "S8", "S9")
 @pytest.mark.parametrize(
     ("make", "updates", "expected"),
     [
@@ -125,6 +132,7 @@ FOLLOWING = {
 }
 
 
+@accepts("S5", "S6")
 @pytest.mark.parametrize("name", FOLLOWING)
 def test_one_norm_of_all_tensors_is_that_of_one_long_tensor(name):
     make = FOLLOWING[name]
@@ -138,6 +146,7 @@ def test_one_norm_of_all_tensors_is_that_of_one_long_tensor(name):
         assert_equal_steps([[torch.cat([u.flatten() for u in step])] for step in got], wanted)
 
 
+@accepts("S8")
 def test_growth_of_one_norm_of_all_tensors():
     grads = [[factor * g for g in make_tensors(1)] for factor in (1, 10, 0.1)]
     joined = [[torch.cat([g.flatten() for g in step])] for step in grads]

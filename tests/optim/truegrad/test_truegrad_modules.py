@@ -15,6 +15,7 @@ from graphopt.annotations import NUM_SAMPLES, SUM_GRAD_SQUARED
 from graphopt.errors import MissingAnnotation, OptionError, StaleAnnotation
 from graphopt.optim import Modular, TGAdamW, TGLaProp, TGRMSProp, m
 from graphopt.optim.core.transform import Step, apply_updates, chain
+from tests.optim.catalogue import accepts
 from tests.optim.training import largest_difference, make_params, set_gradients, snapshot, train
 
 MAKE = {
@@ -130,6 +131,7 @@ REFERENCES = [
 ]
 
 
+@accepts("T5", "T9", "T10", "T+")
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 @pytest.mark.parametrize(("module", "reference", "options", "named"), REFERENCES)
 def test_equals_a_loop_over_samples(module, reference, options, named, preconditioner):
@@ -155,6 +157,7 @@ TG = [
 ]
 
 
+@accepts("T5", "T9", "T10")
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 @pytest.mark.parametrize(("tg", "module", "theirs", "ours"), TG, ids=["Adam", "LaProp", "RMSprop"])
 def test_equals_the_tg_optimizers(tg, module, theirs, ours, preconditioner):
@@ -170,6 +173,7 @@ def test_equals_the_tg_optimizers(tg, module, theirs, ours, preconditioner):
     assert {name.split(".")[-1] for name in chained.state[right[-2]]} == names | {"step"}
 
 
+@accepts("T5")
 def test_adam_where_all_samples_agree():
     left, right = make_params(), make_params()
     adam, true = torch.optim.Adam(left, lr=0.01), Modular(right, m.TrueGradAdam(eps=1e-8), m.LR(0.01))
@@ -194,6 +198,7 @@ def test_the_preconditioner_can_differ_between_groups():
     assert largest_difference([second], [first]) > 1e-3
 
 
+@accepts("T+")
 @pytest.mark.parametrize("exponent", [None, 0.1, 0.5])
 def test_shampoo_depends_neither_on_scale_nor_on_size(exponent):
     """A constant statistic gives what RMSprop gives, whatever the shape; a loss scale changes nothing."""
@@ -216,6 +221,7 @@ def test_shampoo_depends_neither_on_scale_nor_on_size(exponent):
         assert largest_difference([p], [r]) < 1e-9
 
 
+@accepts("T+")
 def test_shampoo_with_power_a_half_is_exact_for_products():
     (p,), (q,) = make_params([(4, 6)]), make_params([(4, 6)])
     optimizers = (
