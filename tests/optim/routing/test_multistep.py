@@ -97,7 +97,7 @@ def test_parameters_that_something_else_has_moved_are_evaluated_anew():
     with torch.no_grad():
         problem.params[0][0] += 1e-9
     expected = float(problem.loss().detach())
-    assert float(optimizer.step(problem.closure)) == expected
+    assert float(optimizer.step(problem.closure).detach()) == expected
 
 
 def test_bad_input():
