@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -109,10 +110,11 @@ class ForwardGradient(AlongDirections):
             try:
                 loss = closure(False)
             except NotImplementedError as error:
-                if "forward AD" not in str(error):
+                reason = str(error).partition("\n")[0]
+                if not re.search("forward (mode )?AD", reason):
                     raise
                 raise UnsupportedError(
-                    f"{self.place}: an operation of the loss has no forward-mode derivative ({error}). Nothing was changed. Use "
+                    f"{self.place}: an operation of the loss has no forward-mode derivative. {reason} Nothing was changed. Use "
                     "jvp='central', which evaluates the loss alone; attention has one under "
                     "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
                 ) from error
