@@ -144,14 +144,14 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     matrix = matrix.nan_to_num(0.0, 0.0, 0.0)
     try:
         values, vectors = torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
         jitter = torch.finfo(matrix.dtype).eps * diagonal.abs().amax()
         identity = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
         try:
             values, vectors = torch.linalg.eigh(matrix.double() + jitter * identity)
             return values.to(matrix.dtype), vectors.to(matrix.dtype)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             order = diagonal.argsort()
             return diagonal[order], identity.to(matrix.dtype)[:, order]
     return values, vectors

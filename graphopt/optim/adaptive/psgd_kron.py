@@ -61,14 +61,14 @@ class PSGDKron(Rule):
         momentum_into_precond_update: learn Q from the average, or else from the updates.
         init_scale: of Q at first; ``None`` to take it from the first update, whose root mean square it brings to 1.
         max_rms: shorten the update to this root mean square if that is larger; ``None`` not to.
-        damping: noise of this size is thought to be part of every update, so that Q stays finite where updates are 0; in
-            units of the gradient.
+        damping: noise of this size is thought to be part of every update, without its correlations in ``Q m``, so that Q
+            stays finite where updates are 0; in units of the gradient.
 
     Raises:
         OptionError: an option is not valid.
 
     Cost: for a triangular axis of length d of a tensor with n elements two products of order n d per step, and for a step of Q
-    two more, with an inverse and four products of order d³. The state is d² numbers, or d for a diagonal axis, and n.
+    two more, with an inverse and a product of order d³. The state is d² numbers, or d for a diagonal axis, and n.
 
     Reference: Li, "Preconditioned stochastic gradient descent", IEEE TNNLS, 2018, arXiv:1512.04202; Pooladzandi, Li,
     "Curvature-informed SGD via general purpose Lie-group preconditioners", arXiv:2402.11858, 2024, for the step of triangular
@@ -230,11 +230,12 @@ def _learn(
     for axis, factor in enumerate(factors):
         whitened = _apply(whitened, factor, axis)
     inverses = [_gram_of_inverse(factor) for factor in factors]
-    squares = [factor * factor if factor.dim() == 1 else factor @ factor.mT for factor in factors]
+    squares = [factor * factor if factor.dim() == 1 else (factor * factor).sum(1) for factor in factors]
     damping = settings.damping * settings.damping
     slopes, sizes = [], []
     for axis, factor in enumerate(factors):
-        plus = _products(whitened, axis, factor.dim()) + squares[axis] * (damping * _traces(squares, axis))
+        noise = squares[axis] * (damping * _traces(squares, axis))
+        plus = _products(whitened, axis, factor.dim()) + (noise if factor.dim() == 1 else noise.diag_embed())
         minus = inverses[axis] * _traces(inverses, axis)
         slopes.append(plus - minus)
         sizes.append((plus + minus).amax() if factor.dim() == 1 else _spectral_norm(plus + minus))
@@ -263,15 +264,17 @@ def _gram_of_inverse(factor: Tensor) -> Tensor:
     """``Q⁻ᵀ Q⁻¹``; of a diagonal factor its diagonal."""
     if factor.dim() == 1:
         return 1 / (factor * factor)
-    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    inverse = torch.linalg.solve_triangular(factor, identity, upper=True)
-    return inverse.mT @ inverse
+    # (QQᵀ)⁻¹ from a triangular factor of QQᵀ, but of rows in reverse order: those of torch are lower ones.
+    return torch.cholesky_inverse(factor.flip(0, 1)).flip(0, 1)
 
 
 def _traces(matrices: Sequence[Tensor], axis: int) -> Tensor:
-    """The product of the traces of all but one."""
-    traces = [m.sum() if m.dim() == 1 else m.diagonal().sum() for i, m in enumerate(matrices) if i != axis]
-    return torch.stack(traces).prod() if traces else matrices[0].new_ones(())
+    """The product of the traces of all matrices but one; some are given by their diagonals."""
+    result = matrices[0].new_ones(())
+    for other, matrix in enumerate(matrices):
+        if other != axis:
+            result = result * (matrix if matrix.dim() == 1 else matrix.diagonal()).sum()
+    return result
 
 
 def _products(tensor: Tensor, axis: int, num_axes: int) -> Tensor:

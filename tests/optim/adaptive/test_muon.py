@@ -6,6 +6,7 @@ from torch import nn
 
 from graphopt.errors import OptionError, UnsupportedError
 from graphopt.optim import Modular, m
+from tests.optim.catalogue import accepts
 from tests.optim.outputs import noise_like, outputs
 from tests.optim.training import set_gradients
 
@@ -31,11 +32,13 @@ def polar(tensor):
     return (result.T if is_wide else result).reshape(tensor.shape)
 
 
+@accepts("O4", "O13")
 def test_svd_gives_the_polar_factor():
     for result, tensor in zip(apply(m.Orthogonalize(method="svd"), grads()), grads(), strict=True):
         torch.testing.assert_close(result, polar(tensor), rtol=1e-10, atol=1e-10)
 
 
+@accepts("O4")
 def test_newton_schulz_brings_singular_values_near_one():
     for result in apply(m.Orthogonalize(), grads()):
         values = torch.linalg.svdvals(result.flatten(1))
@@ -55,6 +58,7 @@ def test_missing_rank_stays_missing():
     torch.testing.assert_close(single, left / left.norm() @ right / right.norm(), rtol=1e-9, atol=1e-9)
 
 
+@accepts("O4", "O13")
 @pytest.mark.parametrize("module", [m.Orthogonalize, m.MuonAdjustLR, m.DualNormCorrection])
 def test_vectors_stay(module):
     vectors = grads([(), (5,), (4, 3)])
@@ -64,6 +68,7 @@ def test_vectors_stay(module):
     assert not torch.allclose(results[2], vectors[2])
 
 
+@accepts("O13")
 @pytest.mark.parametrize(
     ("adjust_lr_fn", "factors"),
     [
@@ -77,6 +82,7 @@ def test_adjusted_by_shape(adjust_lr_fn, factors):
         torch.testing.assert_close(result, tensor * 2.0 * factor)
 
 
+@accepts("O13")
 @pytest.mark.parametrize(
     "make",
     [
@@ -99,6 +105,31 @@ def test_muon_is_its_parts():
     for ours, theirs in zip(outputs(muon, steps), outputs(parts, steps), strict=True):
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@accepts("O4")
+def test_chain_of_parts_against_torch():
+    """Behind `Split`, with Adam for the others; on a model whose gradients depend on its parameters."""
+    torch.manual_seed(0)
+    parts = m.LerpModules(m.Identity(), m.EMA(0.95), 0.95), m.Orthogonalize(adjust_lr=True), m.LR(0.02)
+    models = [nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    ours = Modular(models[0], m.Split(lambda p: p.ndim >= 2, list(parts), [m.Adam(), m.LR(0.01)]))
+    matrices = [p for p in models[1].parameters() if p.ndim >= 2]
+    others = [p for p in models[1].parameters() if p.ndim < 2]
+    muon = torch.optim.Muon(matrices, 0.02, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.Adam(others, 0.01)
+    before = [p.detach().clone() for p in matrices]
+    inputs, targets = torch.randn(32, 6), torch.randn(32, 3)
+    for _ in range(20):
+        for model, optimizers in zip(models, ([ours], [muon, adam]), strict=True):
+            model.zero_grad()
+            nn.functional.mse_loss(model(inputs), targets).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=5e-3)
+    assert all((p - b).abs().max() > 0.05 for p, b in zip(matrices, before, strict=True))
 
 
 def test_muon_refuses_vectors():

@@ -35,11 +35,13 @@ def learn(factors, norms, sample, lr, beta_norm, damping, diagonal):
     factors = [f * mean / top for f, top in zip(factors, tops, strict=True)]
     dense, flat = product(factors), sample.reshape(-1)
     inverse = np.linalg.inv(dense)
-    a = dense @ (np.outer(flat, flat) + damping**2 * np.eye(len(flat))) @ dense.T
+    a = dense @ np.outer(flat, flat) @ dense.T
+    noise = damping**2 * dense @ dense.T
     b = inverse.T @ inverse
     news = []
     for axis, factor in enumerate(factors):
         plus, minus = partial(a, shape, axis), partial(b, shape, axis)
+        plus = plus + np.diag(np.diag(partial(noise, shape, axis)))
         if diagonal[axis]:
             plus, minus = (np.diag(np.diag(x)) for x in (plus, minus))
         size = np.linalg.norm(plus + minus, 2)
