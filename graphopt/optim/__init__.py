@@ -2,6 +2,7 @@
 
 from graphopt.optim import functional as functional
 from graphopt.optim import m as m
+from graphopt.optim import wrappers as wrappers
 from graphopt.optim.clip_grad import clip_grad_norm_ as clip_grad_norm_
 from graphopt.optim.conjugate_gradient.conjugate_gradient_base import ConjugateGradientBase as ConjugateGradientBase
 from graphopt.optim.core.in_backward import fuse_into_backward as fuse_into_backward
