@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,27 @@ def check_graph(module: Module, var: Var, option: str, instead: str) -> None:
             f"{module.place}: {option} behind a module that has replaced the closure by one with other gradients; "
             f"nothing was changed. Use {instead}, which evaluate those gradients"
         )
+
+
+def check_twice_differentiable(module: Module, tensors: Sequence[Tensor], instead: str) -> None:
+    """Raise `UnsupportedError` if there is an operator in the graph that can be differentiated once only.
+
+    Autograd raises it for those of torch. What is behind a ``torch.autograd.Function`` that says so is left out of the
+    graph, and taken for a constant without a word.
+    """
+    waiting: list[Any] = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node.name().endswith("::Error"):
+            raise UnsupportedError(
+                f"{module.place}: the loss cannot be differentiated so often (a function in it is marked with "
+                f"@once_differentiable); nothing was changed. {instead}"
+            )
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
 
 
 def gradients_with_graph(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:

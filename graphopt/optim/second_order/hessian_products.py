@@ -16,6 +16,7 @@ from graphopt.optim.core.var import Var
 from graphopt.optim.core.vectors import flatten, unflatten
 from graphopt.optim.second_order.derivatives import (
     check_graph,
+    check_twice_differentiable,
     gradients_with_graph,
     graph_of_loss,
     jacobian,
@@ -126,6 +127,7 @@ def _instead(option: str) -> str:
 def _differentiable_gradients(module: Module, var: Var, option: str) -> tuple[Tensor, ...]:
     loss = graph_of_loss(module, var, f"{option}='autograd'", f"{option}='forward' or 'central'")
     grads = gradients_with_graph(loss, var.params)
+    check_twice_differentiable(module, grads, _instead(option))
     var.learn_start(loss.detach(), [grad.detach() for grad in grads])
     return grads
 

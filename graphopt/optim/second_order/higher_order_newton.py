@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from graphopt.errors import NonFiniteError, OptionError
+from graphopt.errors import NonFiniteError, OptionError, UnsupportedError
 from graphopt.optim.core.bounds import AT_LEAST_ONE, POSITIVE, Bounds, numbers
 from graphopt.optim.core.closures import common, number
 from graphopt.optim.core.context import Number
@@ -20,6 +20,7 @@ from graphopt.optim.core.vectors import flatten, unflatten
 from graphopt.optim.second_order.cubic_regularization import loss_behind
 from graphopt.optim.second_order.derivatives import (
     check_curvature,
+    check_twice_differentiable,
     gradients_with_graph,
     graph_of_loss,
     jacobian,
@@ -56,10 +57,10 @@ class HigherOrderNewton(Module):
 
     Raises:
         OptionError: an option is not valid.
-        ImportError: SciPy is not installed.
         ModuleError: in a step, if autograd cannot be used, or all derivatives from the second on are zero.
         NonFiniteError: in a step, if the polynomial has no minimum, without a trust region.
-        UnsupportedError: in a step, if an operator in the loss cannot be differentiated ``order`` times.
+        UnsupportedError: SciPy is not installed; in a step, if an operator in the loss cannot be differentiated ``order``
+            times.
 
     Cost: n elements: O(n^(order - 1)) backwards through graphs that grow with each order, O(n^order) memory; one evaluation
     of the loss for each trial. State: r.
@@ -162,6 +163,8 @@ class HigherOrderNewton(Module):
         loss = graph_of_loss(self, var, "derivatives by autograd", "m.NewtonCG(hvp_method='forward') instead")
         grads = gradients_with_graph(loss, var.params)
         var.learn_start(loss.detach(), [grad.detach() for grad in grads])
+        if order > 1:
+            check_twice_differentiable(self, grads, _INSTEAD)
         dtype = flatten(var.params).dtype
         with torch.enable_grad():
             last = torch.cat([grad.reshape(-1).to(dtype) for grad in grads])
@@ -266,4 +269,6 @@ def _scipy_optimize(place: str) -> Any:
     try:
         return importlib.import_module("scipy.optimize")
     except ImportError as error:
-        raise ImportError(f"{place} needs SciPy; install it with: pip install graphopt[wrappers]") from error
+        raise UnsupportedError(
+            f"{place} needs scipy, which is not installed ({error}). Type: pip install graphopt[wrappers]"
+        ) from error
