@@ -29,6 +29,8 @@ def accepts(*rows: str) -> Callable[[_F], _F]:
 
 # By the numbers of the catalogue; "+" is what it does not have.
 ROWS: dict[str, str] = {
+    # Core
+    "C11": "",
     # Optimizers
     "O1": "Adam",
     "O2": "Shampoo",

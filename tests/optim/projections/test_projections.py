@@ -9,6 +9,7 @@ from graphopt.annotations import SUM_GRAD_SQUARED
 from graphopt.errors import MissingAnnotation, OptionError
 from graphopt.optim import Modular, Module, Projection, m
 from graphopt.optim.core.transform import Step, apply_updates, chain
+from tests.optim.catalogue import accepts
 from tests.optim.problems import Problem, in_plane, quadratic, rosenbrock
 
 ROTATION = torch.linalg.qr(torch.randn(2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
@@ -34,6 +35,8 @@ MAKE = {
     "blocks": lambda modules, **options: m.BlockPartition(modules, 4, **options),
     "blocks of one": lambda modules, **options: m.BlockPartition(modules, 1, **options),
     "batched": lambda modules, **options: m.BlockPartition(modules, 4, batched=True, **options),
+    "tensor": lambda modules, **options: m.TensorizeProjection(modules, 3, **options),
+    "one side": lambda modules, **options: m.TensorizeProjection(modules, 100, **options),
     "one row": lambda modules, **options: m.BlockPartition(modules, 100, batched=True, **options),
 }
 every = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
@@ -55,6 +58,7 @@ def train(problem, *modules, steps=4):
     return [p.detach().clone() for p in problem.params]
 
 
+@accepts("C11", "P3", "P5")
 @every
 @pytest.mark.parametrize(
     "options", [{}, {"project_params": True}, {"project_grad": True}, {"project_update": False, "project_grad": True}]
@@ -69,6 +73,7 @@ def test_element_wise_modules_do_the_same_inside(make, options):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@accepts("C11")
 @every
 def test_line_searches_inside_reach_the_same_point(make):
     options = [m.BFGS(), m.StrongWolfe()]
@@ -106,6 +111,7 @@ def test_gradient_approximations_inside():
     torch.testing.assert_close(problem.vector, reference.vector, rtol=1e-5, atol=1e-5)
 
 
+@accepts("P3")
 def test_vector_projection_and_concatenated_bfgs():
     ends = []
     for make in (lambda: m.VectorProjection(m.BFGS()), m.BFGS):
@@ -115,6 +121,7 @@ def test_vector_projection_and_concatenated_bfgs():
     assert torch.equal(*ends)
 
 
+@accepts("P5")
 def test_bfgs_of_each_block():
     scales = [1.0, 5.0, 2.0, 30.0, 3.0]
     factors = torch.tensor(scales, dtype=torch.float64)
@@ -128,6 +135,65 @@ def test_bfgs_of_each_block():
         train(part, m.BFGS(scale_first=False), m.LR(0.01), steps=12)
         alone.append(part.vector)
     torch.testing.assert_close(problem.vector, torch.cat(alone), rtol=0, atol=1e-8)
+
+
+class Shapes(Module):
+    def step(self, var):
+        self.seen = [tuple(update.shape) for update in var.get_update()]
+        self.sides = [update.clone() for update in var.get_update()]
+        return var
+
+
+@accepts("P4")
+@pytest.mark.parametrize("max_side", [2, 4, 7])
+def test_tensors_of_equal_sides(max_side):
+    """Any number of elements, in the fewest and shortest axes; the rest are zeros."""
+    for num in [*range(1, 70), 81, 82, 125, 126, 343, 344, 500]:
+        vector, inside = torch.arange(1.0, num + 1, dtype=torch.float64), Shapes()
+        param = torch.zeros(num, dtype=torch.float64, requires_grad=True)
+        param.grad = vector
+        Modular([param], m.TensorizeProjection(inside, max_side)).step()
+        assert torch.equal(param.detach(), -vector)
+        (shape,) = inside.seen
+        axes = len(shape)
+        if num > max_side:
+            assert max(shape) == min(shape) <= max_side
+            assert max_side ** (axes - 1) < num
+            assert (shape[0] - 1) ** axes < num <= shape[0] ** axes
+        else:
+            assert shape == (num,)
+        assert inside.sides[0].sum() == vector.sum()
+
+
+@accepts("P4")
+def test_shampoo_in_a_tensor():
+    problem = many()
+    before = problem.loss
+    train(problem, m.TensorizeProjection(m.Shampoo(merge_small=False, update_freq=1), 4), m.LR(0.1), steps=10)
+    assert problem.loss < before
+
+
+@accepts("P5")
+def test_rows_of_blocks():
+    """The number of elements is not a multiple."""
+    inside, param = Shapes(), torch.zeros(7, dtype=torch.float64, requires_grad=True)
+    param.grad = torch.arange(7, dtype=torch.float64)
+    Modular([param], m.BlockPartition(inside, 3, batched=True)).step()
+    assert inside.sides[0].tolist() == [[0, 1, 2], [3, 4, 5], [6, 0, 0]]
+    assert torch.equal(param.detach(), -param.grad)
+
+
+def test_parameters_that_miss_a_step_keep_what_belongs_to_them():
+    problem, other = many(), many()
+    params, alone = problem.params[:2], other.params[1:2]
+    optimizer = Modular(params, m.BlockPartition(m.HeavyBall(), 2), m.LR(0.1))
+    expected = Modular(alone, m.HeavyBall(), m.LR(0.1))
+    for step in range(4):
+        problem.closure(), other.closure()
+        params[0].grad = None if step == 2 else params[0].grad
+        optimizer.step()
+        expected.step()
+    torch.testing.assert_close(params[1], alone[0], rtol=0, atol=1e-15)
 
 
 def test_parameters_of_several_dtypes():
@@ -216,6 +282,8 @@ def test_bad_options_and_annotations():
         m.VectorProjection(m.Adam(), project_update=False)
     with pytest.raises(OptionError, match="BlockPartition: max_size=0; expected an integer of at least 1"):
         m.BlockPartition(m.Adam(), 0)
+    with pytest.raises(OptionError, match="TensorizeProjection: max_side=1; expected a whole number of at least 2"):
+        m.TensorizeProjection(m.Adam(), 1)
     from graphopt import annotations
 
     param = torch.ones(2, requires_grad=True)
