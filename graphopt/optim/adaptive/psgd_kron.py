@@ -246,9 +246,11 @@ def _learn(
         step = slope * factor if factor.dim() == 1 else slope.triu() @ factor
         news.append(factor - step * scale)
     new = _pack(news)
-    # One update that is not finite would stay in the factors for ever.
-    is_finite = new.isfinite().all()
-    return torch.where(is_finite, new, old), torch.where(is_finite, norms, old_norms)
+    # What is not finite, and a factor without an inverse, would stay for ever.
+    is_sound = new.isfinite().all()
+    for factor in news:
+        is_sound = is_sound & ((factor if factor.dim() == 1 else factor.diagonal()) != 0).all()
+    return torch.where(is_sound, new, old), torch.where(is_sound, norms, old_norms)
 
 
 def _balance(factors: list[Tensor]) -> list[Tensor]:

@@ -98,22 +98,21 @@ def test_estimate_of_the_norm(size):
 
 
 @accepts("O+PSGD")
-@pytest.mark.parametrize("scale", [1e-4, 1e3])
-def test_gradients_of_a_quadratic_are_whitened(scale):
+def test_gradients_of_a_quadratic_are_whitened():
     """Of ``½ <x, A x B>`` with noise x the gradients have the covariance ``B² ⊗ A²``; the updates nearly that of noise."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.diag(torch.tensor([10.0, 1.0, 0.3])), torch.tensor([[2.0, 0.9], [0.9, 0.5]])
-    noise = torch.randn(700, 3, 2, generator=generator)
-    steps = [[scale * a @ x @ b] for x in noise]
+    noise = torch.randn(600, 3, 2, generator=generator)
+    steps = [[1e-4 * a @ x @ b] for x in noise]
     make = lambda: [m.PSGDKron(0.0, precond_lr, init_scale=None, max_rms=None, update_probability=1.0)]  # noqa: E731
-    updates = outputs(make, [*steps, *steps[:500]])[700:]
+    updates = outputs(make, [*steps, *steps[:300]])[600:]
     samples = torch.stack([u.reshape(-1) for (u,) in updates])
     covariance = samples.T @ samples / len(samples)
     values = torch.linalg.eigvalsh(covariance)
-    raw = torch.stack([g.reshape(-1) for (g,) in steps]) / scale
+    raw = torch.stack([g.reshape(-1) for (g,) in steps]) * 1e4
     assert torch.linalg.cond(raw.T @ raw) > 1e4
-    assert 0.7 < values.min()
-    assert values.max() < 1.4
+    assert 0.6 < values.min()
+    assert values.max() < 1.6
 
 
 def precond_lr(step):
@@ -126,7 +125,7 @@ def test_dead_and_exploding_gradients():
     param = torch.ones(3, 2, requires_grad=True)
     optimizer = Modular([param], m.PSGDKron(0.5), error_if_nonfinite=False)
     before = param.detach().clone()
-    for _ in range(400):
+    for _ in range(300):
         param.grad = torch.zeros(3, 2)
         optimizer.step()
     assert torch.equal(param, before)
@@ -142,13 +141,20 @@ def test_dead_and_exploding_gradients():
     assert factors.isfinite().all()
 
 
+def test_a_step_that_would_leave_no_inverse_is_left_out():
+    """A number: ``Q - Q (q² - 1) / (q² + 1)`` is 0 for large gradients, in float32."""
+    grads = [[torch.full((2, 1, 2), 1e15)]] * 3
+    results = outputs(lambda: [m.PSGDKron(precond_lr=1.0, max_rms=None)], grads)
+    assert all(result.isfinite().all() for (result,) in results)
+
+
 def test_schedule():
     """Every step at first, and then fewer, down to three in a hundred; the same steps in any other run."""
-    due = [bool(psgd_kron._is_due(torch.tensor(float(count), dtype=torch.float64), None)) for count in range(1, 6001)]
+    due = psgd_kron._is_due(torch.arange(1, 6001, dtype=torch.float64), None).tolist()
     assert all(due[:501])
     assert sum(due[1500:1600]) == pytest.approx(100 / math.ceil(math.exp(1.05)), abs=2)
     assert sum(due[5000:]) == pytest.approx(1000 / math.ceil(1 / 0.03), abs=1)
-    constant = [bool(psgd_kron._is_due(torch.tensor(float(count)), 0.25)) for count in range(1, 10)]
+    constant = psgd_kron._is_due(torch.arange(1, 10), 0.25).tolist()
     assert constant == [True, False, False, False] * 2 + [True]
 
 
