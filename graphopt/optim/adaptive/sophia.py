@@ -40,7 +40,8 @@ class SophiaH(Module):
         n_samples: the number of vectors z in an estimate.
         distribution: of z: ``"gaussian"`` as in the paper, ``"rademacher"`` (signs: the diagonal of a diagonal matrix is
             then exact), ``"uniform"`` or ``"sphere"``.
-        seed: of z; ``None`` takes torch's global generator.
+        seed: of z; ``None`` takes torch's global generator, which several processes that train one model must have seeded
+            alike.
 
     Raises:
         OptionError: an option is not valid.

@@ -50,7 +50,8 @@ class RandomStepSize(Module):
         low: the least.
         high: the largest.
         parameterwise: a number for each tensor; ``False``: one for all.
-        seed: of the numbers; ``None`` takes torch's global generator.
+        seed: of the numbers; ``None`` takes torch's global generator, which several processes that train one model must have
+            seeded alike.
 
     Raises:
         OptionError: a number is out of range, or ``low`` is above ``high``.

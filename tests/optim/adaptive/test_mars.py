@@ -5,8 +5,8 @@ import torch
 
 from graphopt.optim import Modular, m
 from tests.optim.catalogue import accepts
-from tests.optim.outputs import make_tensors, outputs
-from tests.optim.training import largest_difference, make_params, set_gradients
+from tests.optim.outputs import assert_equal_steps, make_tensors, outputs
+from tests.optim.training import largest_difference, make_params, set_gradients, train
 
 
 @accepts("O+MARS")
@@ -47,3 +47,19 @@ def test_mars_adamw_and_lion():
                 q -= 0.01 * (update + 0.1 * q)
             optimizer.step()
         assert largest_difference(params, others) < 1e-12
+
+
+def test_one_norm_of_all_tensors_is_that_of_one_long_tensor():
+    grads = [make_tensors(seed) for seed in range(3)]
+    joined = [[torch.cat([g.flatten() for g in step])] for step in grads]
+    got = outputs(lambda: [m.MARSCorrection(0.8, 0.3, tensorwise=False)], grads)
+    wanted = outputs(lambda: [m.MARSCorrection(0.8, 0.3)], joined)
+    assert_equal_steps([[torch.cat([u.flatten() for u in step])] for step in got], wanted)
+
+
+def test_equal_to_torchzero():
+    torchzero = pytest.importorskip("torchzero")
+    params, others = make_params(), make_params()
+    train(Modular(params, m.MARSCorrection(0.95, tensorwise=False), m.LR(0.1)), params)
+    train(torchzero.Optimizer(others, torchzero.m.MARSCorrection(0.95), torchzero.m.LR(0.1)), others)
+    assert largest_difference(params, others) < 1e-12
