@@ -82,12 +82,16 @@ def axes_of(tensor: Tensor, settings: Mapping[str, Any]) -> Axes:
 
 
 def merge(shape: Sequence[int], max_dim: int) -> tuple[int, ...]:
-    """Multiply lengths of neighbouring axes as long as the product is at most ``max_dim``; lengths of 1 vanish."""
+    """Multiply lengths of neighbouring axes as long as the product is at most ``max_dim``; lengths of 1 vanish.
+
+    The first axis, that of outputs, stays apart. One matrix for all elements of a small matrix would have as many rows as there
+    are elements, and of the few gradients that an average remembers so large a matrix learns less than two small ones.
+    """
     merged: list[int] = []
     for length in shape:
         if length == 1:
             continue
-        if merged and merged[-1] * length <= max_dim:
+        if len(merged) > 1 and merged[-1] * length <= max_dim:
             merged[-1] *= length
         else:
             merged.append(length)

@@ -48,8 +48,8 @@ class Shampoo(Rule):
         beta: average the products instead, ``L = beta L + (1 - beta) u uᵀ``.
         decay: the matrices are multiplied by it in each step before something is added.
         exp_override: the power is ``-1 / exp_override`` instead of -1/(2k).
-        merge_small: regard neighbouring axes as one as long as it is not longer than ``max_dim``. A matrix of at most
-            ``max_dim`` elements then has one matrix of all products of its elements, which knows more and costs more.
+        merge_small: regard neighbouring axes as one, except the first, as long as that is not longer than ``max_dim``: kernels
+            of a convolution become matrices with a row for each channel of the output.
         max_dim: longer axes have no matrix.
         precondition_1d: whether parameters of one axis have a matrix.
         adagrad_eps: added to the denominator where there is no matrix; in units of the gradient.

@@ -43,8 +43,8 @@ class SOAP(Rule):
         beta2: of the average of squares.
         shampoo_beta: of the averages of products; ``None`` for sums.
         precond_freq: bases change in each so many steps.
-        merge_small: regard neighbouring axes as one as long as it is not longer than ``max_dim``. A matrix of at most
-            ``max_dim`` elements then has one basis for all of its elements, which knows more and costs more.
+        merge_small: regard neighbouring axes as one, except the first, as long as that is not longer than ``max_dim``: kernels
+            of a convolution become matrices with a row for each channel of the output.
         max_dim: longer axes have no basis.
         precondition_1d: whether parameters of one axis have a basis.
         eps: added to the denominator; in units of the gradient.
