@@ -201,6 +201,52 @@ def test_a_subclass_of_ten_lines(target):
     assert param.tolist() == [0.5, 1.0]
 
 
+def test_a_subclass_drives_the_parameters_and_leaves_no_trace_in_them():
+    """Over 300 steps; adding and subtracting again drifts by 1e-4 in float32."""
+
+    class Shaken(GradApproximator):
+        def approximate(self, closure, params, loss, var):
+            estimates = [2 * p for p in params]
+            for p in params:
+                p += 0.3 * torch.randn_like(p)
+            return estimates, None, closure(False)
+
+    param = torch.randn(50, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    start = param.detach().clone()
+    optimizer = Modular([param], Shaken(), m.LR(0.0))
+    for step in range(300 + 40):
+        if step == 300:
+            assert torch.equal(param, start)
+            optimizer.param_groups[0]["lr"] = 0.1
+        optimizer.step(lambda backward=True: (param**2).sum())
+    assert float(param.detach().norm()) < 0.01
+
+
+def test_before_the_first_estimate_of_a_step_a_hook_is_called_once():
+    calls = []
+
+    class Noted(GradApproximator):
+        def pre_step(self, var):
+            calls.append("step")
+
+        def approximate(self, closure, params, loss, var):
+            calls.append("estimate")
+            (p,) = params
+            value = closure(False)
+            return [torch.tensor([2.0, 8.0], dtype=p.dtype) * p], value, None
+
+    problem = Problem(lambda p: p[0] ** 2 + 4 * p[1] ** 2, [1.0, 2.0])
+    optimizer = Modular(problem.params, Noted(), m.NewtonCG(hvp_method="central"), m.StrongWolfe())
+    for _ in range(2):
+        calls.clear()
+        optimizer.step(problem.closure)
+        assert calls[0] == "step"
+        assert calls.count("step") == 1
+        assert calls.count("estimate") > 2
+    assert problem.loss < 1e-12
+    assert set(problem.calls) == {False}
+
+
 def test_step_returns_the_estimate_where_the_loss_is_not_evaluated():
     problem = in_plane(booth)
     loss = Modular(problem.params, m.FDM(h=1e-3), m.LR(0.0)).step(problem.closure)
