@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -13,7 +13,11 @@ from graphopt.optim.core.bounds import POSITIVE, Bounds, numbers
 from graphopt.optim.core.closures import common, number
 from graphopt.optim.core.context import Number
 from graphopt.optim.core.var import Var
+from graphopt.optim.core.vectors import inner_product
 from graphopt.optim.line_search.line_search import LineSearch
+
+Guess = Literal["fixed", "previous", "first-order", "quadratic", "quadclip"]
+"""How `StrongWolfe` chooses the first step size of a search."""
 
 _INSIDE = Bounds(0.0, 1.0, includes_low=False, includes_high=False)
 _GROWS = Bounds(1.0, includes_low=False, includes_high=False)
@@ -49,11 +53,19 @@ class StrongWolfe(LineSearch):
             that succeeded, up to ``init``.
         fallback: if no step size satisfies both conditions take the best one that satisfies the first, instead of 0.
         plus_minus: if the update does not descend, search in the opposite direction.
+        a_init: where the search starts. ``"fixed"``: with ``init``, which suits Newton and quasi-Newton directions. The others
+            suit directions without a scale, as of conjugate gradients: ``"previous"``: with the last step size;
+            ``"first-order"``: so that a linear loss would change as much as in the last step; ``"quadratic"``: at the minimum of
+            a quadratic function whose decrease is that of the last step; ``"quadclip"``: the same, times 1.01 and at most
+            ``init``. Where there is no last step they start with ``init``, but with a step no longer than 1.
 
     Raises:
         OptionError: an option is out of range.
 
-    Reference: Nocedal, Wright, "Numerical Optimization", 2nd edition, 2006, algorithms 3.5 and 3.6, equation 3.59.
+    Reference: Nocedal, Wright, "Numerical Optimization", 2nd edition, 2006, algorithms 3.5 and 3.6, equations 3.59 and 3.60.
+
+    Cost: evaluations of the loss with gradients, one to three a step as a rule, and at most ``maxiter + 4 maxzoom``; the last one
+    is at the new parameters, where ``Modular(..., deterministic=True)`` does not evaluate again.
     """
 
     uses_gradient = True
@@ -70,6 +82,7 @@ class StrongWolfe(LineSearch):
         adaptive: bool = True,
         fallback: bool = False,
         plus_minus: bool = False,
+        a_init: Guess = "fixed",
     ) -> None:
         super().__init__(
             {
@@ -82,6 +95,7 @@ class StrongWolfe(LineSearch):
                 "adaptive": adaptive,
                 "fallback": fallback,
                 "plus_minus": plus_minus,
+                "a_init": a_init,
             }
         )
 
@@ -92,6 +106,10 @@ class StrongWolfe(LineSearch):
         for name in ("maxiter", "maxzoom"):
             if not isinstance(settings[name], int) or settings[name] < 1:
                 raise OptionError(f"{self.place}: {name}={settings[name]!r}; expected an integer of at least 1")
+        if settings["a_init"] not in get_args(Guess):
+            raise OptionError(
+                f"{self.place}: a_init={settings['a_init']!r}; expected one of {', '.join(get_args(Guess))}"
+            )
 
     def search(self, update: Sequence[Tensor], var: Var) -> float:
         """Bracket, then zoom."""
@@ -104,12 +122,34 @@ class StrongWolfe(LineSearch):
         search = _Search(self, var, start, sign)
         state = self.global_state
         scale = state.get("init_scale", 1.0)
-        found = search.bracket(float(common(self, var.params, "init")) * scale)
+        found = search.bracket(self._first_size(start, update, var) * scale)
         if common(self, var.params, "adaptive"):
             state["init_scale"] = scale / 2 if found is None else min(1.0, scale * 2)
         if found is None and common(self, var.params, "fallback"):
             found = search.best
+        if common(self, var.params, "a_init") != "fixed":
+            if found is None:
+                state.pop("prev_size", None)
+            else:
+                state["prev_size"], state["prev_slope"], state["prev_loss"] = found.size, start.slope, start.loss
         return 0.0 if found is None else sign * found.size
+
+    def _first_size(self, start: _Point, update: Sequence[Tensor], var: Var) -> float:
+        """The first step size of a search."""
+        init, guess = (common(self, var.params, name) for name in ("init", "a_init"))
+        init, state = float(init), self.global_state
+        if guess == "fixed":
+            return init
+        if "prev_size" not in state:
+            length = math.sqrt(inner_product(update, update))
+            return init / max(1.0, length) if math.isfinite(length) else init
+        size: float = state["prev_size"]
+        if guess == "first-order":
+            size *= state["prev_slope"] / start.slope
+        elif guess in ("quadratic", "quadclip"):
+            size = 2 * (start.loss - state["prev_loss"]) / start.slope
+            size = min(init, 1.01 * size) if guess == "quadclip" else size
+        return size if math.isfinite(size) and size > 0 else init
 
 
 class _Search:
