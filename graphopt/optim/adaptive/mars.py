@@ -84,4 +84,5 @@ class MARSCorrection(Rule):
 
 def _corrected(update: Tensor, state: MARSState, settings: Settings, context: Context) -> Tensor:
     difference = update - choose(context.count == 1, update, state.prev_update)
-    return update + difference * (settings.scaling * settings.beta / (1 - settings.beta))
+    weight: Number = settings.scaling * settings.beta / (1 - settings.beta)
+    return update + difference * weight
