@@ -162,48 +162,42 @@ def minimize_cubic(eigenvalues: Tensor, linear: Tensor, sigma: float) -> Tensor:
         s, shape (n,).
     """
     values, linear64 = eigenvalues.double(), linear.double()
-    lowest = float(values[0])
-    scale = max(float(values.abs().max()), 1e-300)
-    low = max(0.0, -lowest)
-    b_norm = float(linear64.norm())
+    low = max(0.0, -float(values[0]))
+    # μ = low + t: of the distance t to where the lowest λ + μ is 0 no digit may be lost.
+    above_pole = values - values[0] if low > 0 else values
+    largest, b_norm = float(above_pole.abs().max()), float(linear64.norm())
+    is_lowest = above_pole <= largest * 1e-15
+    b_lowest = float(linear64[is_lowest].norm())
 
-    def solution(mu: float) -> Tensor:
-        denominator = values + mu
-        is_zero = denominator <= scale * 1e-15
-        return torch.where(is_zero, 0.0, -linear64 / torch.where(is_zero, 1.0, denominator))
+    def solution(distance: float) -> Tensor:
+        denominator = above_pole + distance
+        return torch.where(linear64 == 0, 0.0, -linear64 / torch.where(denominator == 0, 1.0, denominator))
 
-    is_lowest = values + low <= scale * 1e-15
-    if low > 0 or bool(is_lowest.any()):
-        along = float(linear64[is_lowest].norm())
-        if along <= b_norm * 1e-15:
-            step = solution(low)
-            missing = (low / sigma) ** 2 - float(step @ step)
-            if missing >= 0:
-                if low > 0:
-                    step[0] += math.sqrt(missing)
-                return step.to(eigenvalues.dtype)
-    if b_norm == 0:
-        return torch.zeros_like(eigenvalues)
-    # 1/‖s(μ)‖ - σ/μ grows with μ from -∞, and it is nearly linear: Newton's method, kept between two bounds.
-    high = low + math.sqrt(sigma * b_norm) + 1e-300
-    below, above = low, high
-    mu = high
+    if b_lowest <= b_norm * 1e-15:
+        step = torch.where(is_lowest, 0.0, solution(0.0))
+        missing = (low / sigma) ** 2 - float(step @ step)
+        if missing >= 0:
+            if low > 0:
+                step[0] = math.sqrt(missing)
+            return step.to(eigenvalues.dtype)
+    # 1/‖s(t)‖ - σ/(low + t) is concave and grows with t, so Newton's method stays left of its root if it starts there:
+    # ‖s‖ is at least what the lowest eigenvalue alone makes of it, and what the largest alone makes of b.
+    distance = max(_root(low, sigma * b_lowest), _root(low + largest, sigma * b_norm - low * largest))
     for _ in range(_MAX_ITERATIONS):
-        denominator = values + mu
-        step = -linear64 / denominator
-        length = float(step.norm())
-        residual = 1 / length - sigma / mu
-        if abs(residual) * length <= 1e-14:
+        step = solution(distance)
+        length, mu = float(step.norm()), low + distance
+        residual = 1 / length - sigma / mu if mu > 0 else -math.inf
+        if not residual * length < -1e-14:
             break
-        if residual > 0:
-            above = min(above, mu)
-        else:
-            below = max(below, mu)
+        denominator = torch.where(linear64 == 0, 1.0, above_pole + distance)
         slope = float((step * step / denominator).sum()) / length**3 + sigma / mu**2
-        new = mu - residual / slope
-        if not below < new < above:
-            new = 0.5 * (below + above)
-        if new == mu:
+        new = distance - residual / slope
+        if new == distance:
             break
-        mu = new
-    return (-linear64 / (values + mu)).to(eigenvalues.dtype)
+        distance = new
+    return solution(distance).to(eigenvalues.dtype)
+
+
+def _root(linear: float, constant: float) -> float:
+    """The positive t with ``t² + linear t = constant``; 0 if there is none."""
+    return 2 * constant / (linear + math.sqrt(linear**2 + 4 * constant)) if constant > 0 else 0.0

@@ -31,6 +31,7 @@ from graphopt.optim.second_order.nystrom import check_count
 TrustMethod = Literal["bounds", "proximal", "none"]
 _INSTEAD = "Use a lower order, or a module that needs gradients only, such as m.BFGS()"
 _METHODS = ("bounds", "proximal", "none", None)
+_MAX_ITERATIONS = 200  # of SciPy's methods for one polynomial
 _WIDE = 10.0  # how far differential evolution looks in each direction where no bounds are given
 
 
@@ -140,6 +141,7 @@ class HigherOrderNewton(Module):
             return var
         state = self.global_state
         region = state.get("trust_region") or float((1.0 if method == "bounds" else 0.1) if init is None else init)
+        noise = 10 * torch.finfo(flatten(params).dtype).eps * abs(loss)
         for _ in range(common(self, params, "maxiter")):
             is_box = method == "bounds"
             update = self._minimize(
@@ -149,6 +151,8 @@ class HigherOrderNewton(Module):
             promised, fall = -polynomial.value(step), loss - loss_behind(var, update)
             if not promised > 0:
                 break
+            if fall <= 0 and promised <= noise:
+                break  # the loss cannot tell any more
             if fall > 0:
                 if promised <= float(trust_tol) * fall:
                     region *= float(increase)
@@ -211,16 +215,17 @@ class HigherOrderNewton(Module):
             if math.isfinite(evolved.fun) and evolved.fun < 0:
                 start = evolved.x
         if box is None and polynomial.order > 1:
-            options = {"gtol": 1e-12, "maxiter": 1000, "initial_trust_radius": 1.0}
+            options = {"gtol": 1e-12, "maxiter": _MAX_ITERATIONS, "max_trust_radius": 1e6}
             try:
                 found = optimize.minimize(
                     value, start, jac=gradient, hess=hessian, method="trust-exact", options=options
                 )
-                point = found.x
+                is_lost = found.status == 1 and prox == 0  # all iterations were not enough
+                point = start * math.nan if is_lost else found.x
             except (ValueError, OverflowError):  # of numbers that are not finite any more
                 point = start * math.nan
         else:
-            options = {"gtol": 1e-12, "ftol": 0.0, "maxiter": 1000, "maxcor": max(10, size)}
+            options = {"gtol": 1e-12, "ftol": 0.0, "maxiter": 5 * _MAX_ITERATIONS, "maxcor": max(10, size)}
             found = optimize.minimize(value, start, jac=gradient, bounds=bounds, method="L-BFGS-B", options=options)
             point = found.x
         vector = torch.from_numpy(-point).to(flatten(params))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.errors import ClosureError, ModuleError
+from graphopt.errors import ClosureError, ModuleError, NonFiniteError
 from graphopt.optim.core.module import Module
 from graphopt.optim.core.var import Closure, Var
 from graphopt.optim.core.vectors import flatten, unflatten
@@ -94,7 +94,12 @@ def _check(module: Module, residuals: Any) -> Tensor:
 
 
 def check_derivatives(module: Module, residuals: Tensor, matrix: Tensor) -> None:
-    """Raise `ModuleError` if the residuals do not depend on the parameters."""
+    """Raise if the residuals do not depend on the parameters, or if their derivatives are not finite."""
+    if not bool(torch.isfinite(matrix).all()):
+        raise NonFiniteError(
+            f"{module.place}: the derivatives of the residuals hold NaN or infinities; nothing was changed. Start from "
+            "parameters where they are finite (the root of 0 and norms of zeros have none)"
+        )
     if not bool(matrix.any()) and bool(residuals.any()) and matrix.numel():
         raise ModuleError(
             f"{module.place}: the derivatives of all residuals are zero, so that there is no step; nothing was changed. Start "
