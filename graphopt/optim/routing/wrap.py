@@ -119,11 +119,12 @@ class Wrap(Module):
         before = [param.detach().clone() for param in everything]
         grads = [param.grad for param in everything]
         places = {param: self.state[param] for param in everything}
-        if not self._is_adopted:
-            self._is_adopted = True
-            self._save(optimizer, places)
+        is_empty = "group_0" not in self.global_state and not any(map(len, places.values()))
+        if is_empty and not self._is_adopted:
+            self._save(optimizer, places)  # it may have stepped before
         else:
             self._restore(optimizer, places)
+        self._is_adopted = True
         try:
             for param in everything:
                 param.grad = None
