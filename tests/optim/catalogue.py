@@ -164,7 +164,7 @@ ROWS: dict[str, str] = {
     "W+cautious": "CautiousWeightDecay",
     # Ops and combinators
     "X1": "Add Sub RSub Mul Div RDiv Pow RPow Lerp Maximum Minimum CopySign RCopySign CopyMagnitude Clip MirroredClip Threshold",
-    "X2": "Graft RGraft GraftToUpdate GraftModules GraftToGrad GraftGradToUpdate GraftToParams",
+    "X2": "Graft GraftInputToOutput GraftOutputToInput RGraft GraftToUpdate GraftModules GraftToGrad GraftGradToUpdate GraftToParams",
     "X3": "GramSchimdt",
     "X4": "SubModules DivModules PowModules LerpModules ClipModules Where",
     "X5": "Sum Mean Prod WeightedSum WeightedMean Median MaximumModules MinimumModules",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import OptionError
-from graphopt.optim.core.arithmetic import larger, mix, smaller
-from graphopt.optim.core.bounds import ANY, numbers
+from graphopt.optim.core.arithmetic import choose, larger, mix, smaller
+from graphopt.optim.core.bounds import ANY, NON_NEGATIVE, numbers
 from graphopt.optim.core.context import Context, Number, Settings
 from graphopt.optim.ops.operands import Operand, Operation
 
@@ -183,6 +183,56 @@ class Clip(Operation):
     def update(self, update: Tensor, state: Any, settings: Settings, context: Context) -> tuple[Tensor, Any]:
         """One step."""
         return clip(update, self.operand("min", settings, context), self.operand("max", settings, context)), state
+
+
+class MirroredClip(Operation):
+    """``u`` limited to ``[-value, value]``.
+
+    Args:
+        value: a number of at least 0, a function of the number of steps made before, a module, or a list of modules.
+    """
+
+    bounds = numbers(value=NON_NEGATIVE)
+
+    def __init__(self, value: Operand) -> None:
+        super().__init__(value=value)
+
+    def update(self, update: Tensor, state: Any, settings: Settings, context: Context) -> tuple[Tensor, Any]:
+        """One step."""
+        value = self.operand("value", settings, context)
+        return clip(update, -value, value), state
+
+
+class Threshold(Operation):
+    """Keep ``u`` on one side of a threshold, and put ``value`` in place of the rest.
+
+    With ``update_above`` it is ``u`` where ``u > threshold``, otherwise ``u`` where ``u < threshold``; at the threshold it is
+    ``value`` either way.
+
+    Args:
+        threshold: a number, a function of the number of steps made before, a module, or a list of modules.
+        value: the same.
+        update_above: which side is kept.
+
+    Raises:
+        OptionError: an option is not valid.
+    """
+
+    bounds = numbers(threshold=ANY, value=ANY)
+
+    def __init__(self, threshold: Operand, value: Operand, update_above: bool) -> None:
+        super().__init__({"update_above": update_above}, threshold=threshold, value=value)
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Refuse what is no answer."""
+        if not isinstance(settings["update_above"], bool):
+            raise OptionError(f"{self.place}: update_above={settings['update_above']!r}; expected True or False")
+
+    def update(self, update: Tensor, state: Any, settings: Settings, context: Context) -> tuple[Tensor, Any]:
+        """One step."""
+        threshold = self.tensor("threshold", update, settings, context)
+        is_kept = update > threshold if settings.update_above else update < threshold
+        return choose(is_kept, update, self.tensor("value", update, settings, context)), state
 
 
 def clip(tensor: Tensor, low: Tensor | Number | None, high: Tensor | Number | None) -> Tensor:

@@ -85,6 +85,9 @@ class Graft(_Grafting):
         return update, context.operands["magnitude"]
 
 
+GraftInputToOutput = Graft
+
+
 class GraftToUpdate(_Grafting):
     """What modules make of the update, with the norm of the update; otherwise as `Graft`.
 
@@ -107,6 +110,7 @@ class GraftToUpdate(_Grafting):
 
 
 RGraft = GraftToUpdate
+GraftOutputToInput = GraftToUpdate
 
 
 class GraftModules(_Grafting):

@@ -1,4 +1,4 @@
-"""Functions of each element of the update."""
+"""Functions of each element of the update, one of them of the parameter's, too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.optim.core.bounds import ANY, numbers
+from graphopt.optim.core.arithmetic import larger
+from graphopt.optim.core.bounds import ANY, NON_NEGATIVE, numbers
 from graphopt.optim.core.context import Context, Number, Settings
 from graphopt.optim.core.module import Rule
 
@@ -84,3 +85,20 @@ class NanToNum(Rule):
     def update(self, update: Tensor, state: Any, settings: Settings, context: Context) -> tuple[Tensor, Any]:
         """One step."""
         return torch.nan_to_num(update, settings.nan, settings.posinf, settings.neginf), state
+
+
+class Relative(Rule):
+    """The update in units of the parameter, ``u max(|θ|, min_value)``.
+
+    Args:
+        min_value: the least unit, so that parameters can leave 0.
+    """
+
+    bounds = numbers(min_value=NON_NEGATIVE)
+
+    def __init__(self, min_value: Number = 1e-4) -> None:
+        super().__init__({"min_value": min_value})
+
+    def update(self, update: Tensor, state: Any, settings: Settings, context: Context) -> tuple[Tensor, Any]:
+        """One step."""
+        return update * larger(context.param.to(update.dtype).abs(), settings.min_value), state

@@ -88,7 +88,7 @@ NEEDED["GridLineSearch"] = {"num": 4}
 NEEDED["GaussianHomotopy"] = {"n_samples": 2}
 NEEDED["MeZO"] = {"lr": 0.5}  # without it, the option of a group belongs to a module that follows
 NEEDED |= {"NystromPCG": {"sketch_size": 2}, "NystromSketchAndSolve": {"rank": 2}}
-REQUIRED = {"filter": lambda param: True, "metric": "l2"}
+REQUIRED = {"filter": lambda param: True, "update_above": True, "metric": "l2"}
 
 
 def bad_values(bounds):

@@ -9,6 +9,7 @@ from graphopt.errors import OptionError
 from graphopt.optim import Modular, m
 from graphopt.optim.ops import accumulate, binary, graft, gram_schmidt, multi, sources, unary
 from graphopt.optim.ops import reduce as reductions
+from tests.optim.catalogue import accepts
 from tests.optim.outputs import Noise, assert_equal_steps, make_tensors, noise_like, on_numbers, outputs, pure_outputs
 from tests.optim.training import largest_difference, make_params, train
 
@@ -48,6 +49,10 @@ OPERATIONS = {
         lambda: m.Clip([m.Grad(), m.Abs(), m.Negate()], [m.Grad(), m.Abs()]),
         lambda u, g, p: torch.minimum(torch.maximum(u, -g.abs()), g.abs()),
     ),
+    "MirroredClip number": (lambda: m.MirroredClip(0.5), lambda u, g, p: u.clamp(-0.5, 0.5)),
+    "MirroredClip module": (lambda: m.MirroredClip([m.Grad(), m.Abs()]), lambda u, g, p: u.clamp(-g.abs(), g.abs())),
+    "Threshold above": (lambda: m.Threshold(0.1, -3.0, True), lambda u, g, p: torch.where(u > 0.1, u, -3.0)),
+    "Threshold below": (lambda: m.Threshold(m.Grad(), K(), False), lambda u, g, p: torch.where(u < g, u, 2 * u)),
     "SubModules": (lambda: m.SubModules(m.Grad(), K(), 0.5), lambda u, g, p: g - u),
     "SubModules number": (lambda: m.SubModules(1.0, K()), lambda u, g, p: 1 - 2 * u),
     "DivModules": (lambda: m.DivModules(m.Grad(), K()), lambda u, g, p: g / (2 * u)),
@@ -86,6 +91,7 @@ OPERATIONS = {
         lambda: [m.Mul(1e300), m.Mul(1e300), m.NanToNum(4.0, 5.0, 6.0)],
         lambda u, g, p: torch.where(u > 0, 5.0, 6.0).to(u),
     ),
+    "Relative": (lambda: m.Relative(0.3), lambda u, g, p: u * p.abs().clamp(min=0.3)),
     "Identity": (m.Identity, lambda u, g, p: u),
     "NoOp": (m.NoOp, lambda u, g, p: u),
     "Update": (m.Update, lambda u, g, p: u),
@@ -105,6 +111,8 @@ OPERATIONS = {
     "Graft ord": (lambda: m.Graft(m.Grad(), ord=1), lambda u, g, p: u * g.abs().sum() / u.abs().sum()),
     "GraftToUpdate": (lambda: m.GraftToUpdate(m.Grad()), lambda u, g, p: g * u.norm() / g.norm()),
     "RGraft": (lambda: m.RGraft(m.Grad()), lambda u, g, p: g * u.norm() / g.norm()),
+    "GraftInputToOutput": (lambda: m.GraftInputToOutput(m.Grad()), lambda u, g, p: u * g.norm() / u.norm()),
+    "GraftOutputToInput": (lambda: m.GraftOutputToInput(m.Grad()), lambda u, g, p: g * u.norm() / g.norm()),
     "GraftModules": (lambda: m.GraftModules(m.Params(), K()), lambda u, g, p: p * 2 * u.norm() / p.norm()),
     "GraftToGrad": (lambda: m.GraftToGrad(True), lambda u, g, p: u * g.norm() / u.norm()),
     "GraftGradToUpdate": (lambda: m.GraftGradToUpdate(True), lambda u, g, p: g * u.norm() / g.norm()),
@@ -118,6 +126,7 @@ def as_list(modules):
     return modules if isinstance(modules, list) else [modules]
 
 
+@accepts("X1", "X2", "X3", "X4", "X5", "X6", "X7", "X10")
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_equals_one_line(name):
     """One by one, many at once, and as pure functions; operands are not written to."""
@@ -148,12 +157,36 @@ def test_every_operation_is_in_the_table():
     assert all(hasattr(m, name) for name in tested)
 
 
+@accepts("X1")
+def test_what_undoes_itself():
+    """Exactly, for numbers with few digits."""
+    grads = [[torch.tensor([0.5, -3.0, 0.0, 2.0], dtype=torch.float64)]]
+    for make in (lambda: [m.Add(1), m.Sub(1)], lambda: [m.Mul(-1), m.Mul(-1)]):
+        assert_equal_steps(outputs(make, grads), grads, atol=0)
+
+
+@accepts("X4")
+def test_powers_of_the_catalogue():
+    assert on_numbers(lambda: [m.PowModules(m.Grad(), 2)], [3]) == [9]
+
+
+@accepts("X2")
 @pytest.mark.parametrize("tensorwise", [True, False])
 def test_graft_modules_are_graft_behind_the_direction(tensorwise):
     """Bitwise."""
     grads = [make_tensors(seed) for seed in range(4)]
     one = outputs(lambda: [m.GraftModules(m.Adam(), m.HeavyBall(), tensorwise)], grads, foreach=False)
     two = outputs(lambda: [m.Adam(), m.Graft([m.Grad(), m.HeavyBall()], tensorwise)], grads, foreach=False)
+    assert_equal_steps(one, two, atol=0)
+
+
+@accepts("X2")
+@pytest.mark.parametrize("tensorwise", [True, False])
+def test_graft_modules_on_lbfgs(tensorwise):
+    """Bitwise."""
+    grads = [make_tensors(seed) for seed in range(4)]
+    one = outputs(lambda: [m.GraftModules(m.LBFGS(), m.RMSprop(), tensorwise)], grads)
+    two = outputs(lambda: [m.LBFGS(), m.Graft([m.Grad(), m.RMSprop()], tensorwise)], grads)
     assert_equal_steps(one, two, atol=0)
 
 
@@ -167,12 +200,14 @@ def test_one_norm_of_all_tensors():
     assert_equal_steps([out], [[c * flat.norm() / length for c in cubes]])
 
 
+@accepts("X3")
 def test_gram_schmidt_of_the_catalogue():
     grads = [[torch.tensor([3.0, 4.0], dtype=torch.float64)]]
     (out,) = outputs(lambda: [m.GramSchimdt(m.Ones())], grads)
     assert out[0].tolist() == [-0.5, 0.5]
 
 
+@accepts("X8")
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
@@ -206,6 +241,7 @@ def test_accumulators_are_all_tested():
     assert len(public) == 5
 
 
+@accepts("X8")
 def test_division_by_an_accumulated_sum_is_adagrad():
     params, others = make_params(), make_params()
     train(Modular(params, m.Div([m.Pow(2), m.AccumulateSum(), m.Sqrt(), m.Add(1e-10)]), m.LR(0.1)), params, range(10))
@@ -254,6 +290,8 @@ def test_what_follows_may_write_to_the_update():
         (lambda: m.Mul(m.Sign), r"Mul\(other=...\): Sign is a class; write Sign\(\)"),
         (lambda: m.Clip(), r"Clip\(\) without a limit; write Clip\(min, max\)"),
         (lambda: m.Clip(2.0, 1.0), "Clip: min=2.0 is above max=1.0"),
+        (lambda: m.MirroredClip(-1.0), "MirroredClip: value=-1.0; expected a number in"),
+        (lambda: m.Threshold(1.0, 0.0, 1.0), "Threshold: update_above=1.0; expected True or False"),
         (lambda: m.ClipModules(m.Grad()), r"ClipModules\(input\) without a limit"),
         (lambda: m.Sum(), r"Sum\(\) without inputs"),
         (lambda: m.WeightedSum(m.Grad(), weights=[1, 2]), "WeightedSum: 2 weights for 1 inputs"),

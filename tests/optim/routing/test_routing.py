@@ -10,6 +10,7 @@ from torch import nn
 from graphopt.errors import OptionError
 from graphopt.optim import Modular, Module, m
 from graphopt.optim.core.transform import apply_updates, chain
+from tests.optim.catalogue import accepts
 from tests.optim.training import largest_difference, make_params, set_gradients, train
 
 SHAPES = [(4, 3), (3,), (5, 1, 2), (), (4, 3)]
@@ -42,6 +43,7 @@ class Model(nn.Module):
         self.head = nn.Linear(4, 1).double()
 
 
+@accepts("X13")
 def test_split_equals_two_optimizers():
     params, others = make_params(SHAPES), make_params(SHAPES)
     optimizer = Modular(params, m.Split(is_matrix, [m.HeavyBall(), m.LR(0.1)], [m.Adam(), m.LR(0.05)]))
@@ -54,6 +56,7 @@ def test_split_equals_two_optimizers():
     assert "adam.exp_avg" not in optimizer.state[params[0]]
 
 
+@accepts("X13")
 @pytest.mark.parametrize("kind", ["predicate", "named", "module", "generator", "tensor", "several", "default"])
 def test_filters(kind):
     """The body takes steps of 1, the rest of 2."""
@@ -80,6 +83,7 @@ def test_filters(kind):
     }
 
 
+@accepts("X+", "X13")
 def test_one_side_passes_unchanged():
     for make in (lambda: m.Split(is_matrix, m.Zeros()), lambda: m.Masked(is_matrix, m.Mul(2.0), m.Zeros())):
         params = make_params(SHAPES)
@@ -104,6 +108,7 @@ def test_nested_and_inside_of_operands():
     assert largest_difference(params, others) < 1e-14
 
 
+@accepts("X+")
 def test_freeze():
     """Frozen parameters keep no state; one that thaws starts as if it were new."""
     frozen = {0, 1}
@@ -130,6 +135,7 @@ def test_freeze_everything_and_inside_of_others():
     assert largest_difference(params, before) == 0
 
 
+@accepts("X13")
 def test_alternate_runs_in_turn_with_counts_of_their_own():
     """Adam sees every other gradient, as if it were alone."""
     params, others = make_params(SHAPES), make_params(SHAPES)
@@ -144,6 +150,7 @@ def fills(number):
     return [m.Fill(float(10**index)) for index in range(number)]
 
 
+@accepts("X13")
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
@@ -177,6 +184,7 @@ def positions(make, grads):
     return seen
 
 
+@accepts("X11")
 def test_gradient_accumulation_of_the_catalogue():
     assert positions(lambda: [m.GradientAccumulation(m.LR(1.0), 3)], range(1, 7)) == pytest.approx(
         [0, 0, -2, -2, -2, -7]
@@ -185,6 +193,7 @@ def test_gradient_accumulation_of_the_catalogue():
     assert positions(lambda: [m.GradientAccumulation([], 1)], [1, 2]) == [-1, -3]
 
 
+@accepts("X11")
 @pytest.mark.parametrize("front", [[], [m.Mul]])
 def test_gradient_accumulation_equals_large_batches(front):
     """Also for modules that compare with the gradient; those behind it do nothing in between."""

@@ -81,6 +81,8 @@ class FlatSegment:
             var.skip_update = True
         else:
             var.update = [out for out in outs if out is not None]
+            if var.maximize:  # for the modules that follow; here kernels have done it themselves
+                var.grads, var.maximize = [-grad for grad in var.grads], False
         return var
 
     # --------------------------------------------------------------------------------------------------------- the plan
