@@ -122,8 +122,7 @@ class RDSA(RandomizedFDM):
         seed: of the directions; ``None`` takes torch's global generator.
         target: what the estimate replaces.
 
-    Reference: Kushner, Clark, "Stochastic Approximation Methods for Constrained and Unconstrained Systems", Springer, 1978,
-    section 2.3.5.
+    Reference: Kushner, Clark, "Stochastic Approximation Methods for Constrained and Unconstrained Systems", Springer, 1978.
     """
 
     def __init__(

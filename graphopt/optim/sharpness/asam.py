@@ -25,7 +25,7 @@ class ASAM(SharpnessAware):
         OptionError: an option is negative.
 
     Reference: Kwon et al., "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural
-    Networks", arXiv:2102.11600, 2021, equation 9 and algorithm 1.
+    Networks", arXiv:2102.11600, 2021, algorithm 1.
     """
 
     bounds = numbers(rho=NON_NEGATIVE, eta=NON_NEGATIVE)

@@ -41,7 +41,7 @@ class GaussianHomotopy(Module):
     Raises:
         OptionError: an option is not valid.
 
-    Reference: Mobahi, Fisher, "A Theoretical Analysis of Optimization by Gaussian Continuation", AAAI 2015, algorithm 1;
+    Reference: Mobahi, Fisher, "A Theoretical Analysis of Optimization by Gaussian Continuation", AAAI 2015;
     sampled as by Iwakiri et al., "Single Loop Gaussian Homotopy Method for Non-convex Optimization", arXiv:2203.05717, 2022.
     """
 

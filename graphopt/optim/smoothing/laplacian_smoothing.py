@@ -30,7 +30,7 @@ class LaplacianSmoothing(Rule):
     Raises:
         OptionError: ``sigma`` is negative.
 
-    Reference: Osher et al., "Laplacian Smoothing Gradient Descent", arXiv:1806.06317, 2018, equations 3 and 5.
+    Reference: Osher et al., "Laplacian Smoothing Gradient Descent", arXiv:1806.06317, 2018.
     """
 
     elementwise = False
