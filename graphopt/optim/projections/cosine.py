@@ -92,7 +92,7 @@ def _transform(tensor: Tensor, axis: int, norm: str | None, is_dual: bool) -> Te
     rows = tensor.movedim(axis, -1)
     folded = torch.cat([rows[..., ::2], rows[..., 1::2].flip(-1)], -1)
     turned = torch.fft.fft(folded) * _phases(rows).conj()
-    new = 2 * turned.real
+    new: Tensor = 2 * turned.real
     scale = _scale(rows)
     if norm == "ortho":
         new = new / scale

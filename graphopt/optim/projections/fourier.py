@@ -103,4 +103,5 @@ def _transform(tensor: Tensor, norm: str | None, is_dual: bool) -> Tensor:
 def _inverse(pairs: Tensor, shape: torch.Size, norm: str | None) -> Tensor:
     if math.prod(shape) <= 1:
         return pairs.clone()
-    return torch.fft.irfftn(torch.view_as_complex(pairs.contiguous()), s=shape, norm=norm)
+    values: Tensor = torch.fft.irfftn(torch.view_as_complex(pairs.contiguous()), s=shape, norm=norm)
+    return values

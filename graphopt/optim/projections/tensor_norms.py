@@ -70,7 +70,8 @@ class TensorNormsProjection(Projection):
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor.detach().to(state_dtype(tensor)))
+    length: Tensor = torch.linalg.vector_norm(tensor.detach().to(state_dtype(tensor)))
+    return length
 
 
 def _direction(tensor: Tensor) -> Tensor:

@@ -106,8 +106,8 @@ def test_ranks_of_groups():
 @pytest.mark.parametrize("rank", [None, 3])
 def test_the_line_of_the_seed(rank):
     chain = m.GaLore([m.GraftModules(m.Shampoo(), m.RMSprop()), m.LR(1e-2)], rank=rank)
-    losses = fit(mlp(), chain, steps=150)
-    assert losses[-1] < 0.85 * losses[0]
+    losses = fit(mlp(), chain, steps=80)
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_a_line_search_inside_stays_in_the_subspace():
