@@ -49,9 +49,15 @@ def test_known_minimizers(name):
 def test_scipy_reaches_a_stated_minimum(name):
     function = FUNCTIONS[name]
     start = np.array(function.start)
-    result = scipy.optimize.least_squares(
-        function.residuals_of, start, jac=function.jacobian_of, method="lm", xtol=1e-15, ftol=1e-15, gtol=1e-15
-    )
-    assert 2 * result.cost == pytest.approx(
-        min(function.minima, key=lambda value: abs(value - 2 * result.cost)), rel=1e-5, abs=1e-12
-    )
+    if name == "brown_dennis":  # of large residuals, where least_squares takes hundreds of derivatives
+        value = scipy.optimize.minimize(function.value_and_grad, start, jac=True, method="L-BFGS-B", tol=1e-12).fun
+    else:
+        tight = {"xtol": 1e-15, "ftol": 1e-15, "gtol": 1e-15}
+        value = (
+            2
+            * scipy.optimize.least_squares(
+                function.residuals_of, start, function.jacobian_of, method="lm", **tight
+            ).cost
+        )
+    closest = min(function.minima, key=lambda minimum: abs(minimum - value))
+    assert value == pytest.approx(closest, rel=1e-5, abs=1e-12)
