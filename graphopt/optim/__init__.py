@@ -27,3 +27,11 @@ from graphopt.optim.weight_decay import WeightDecay as WeightDecay
 from graphopt.optim.weight_decay import WeightDecayChain as WeightDecayChain
 from graphopt.optim.weight_decay import WeightDecayToEMA as WeightDecayToEMA
 from graphopt.optim.weight_decay import WeightDecayToInit as WeightDecayToInit
+
+# What torchzero calls them: the seed's version, and 0.4.
+ConguateGradientBase = ConjugateGradientBase
+HessianUpdateStrategy = QuasiNewtonH
+LineSearchBase = LineSearch
+Objective = Var
+Optimizer = Modular
+ProjectionBase = Projection

@@ -232,3 +232,7 @@ from graphopt.optim.truegrad.adam import TrueGradAdam as TrueGradAdam
 from graphopt.optim.truegrad.laprop import TrueGradLaProp as TrueGradLaProp
 from graphopt.optim.truegrad.rmsprop import TrueGradRMSprop as TrueGradRMSprop
 from graphopt.optim.truegrad.shampoo import TrueGradShampoo as TrueGradShampoo
+
+# What torchzero calls them: the seed's version, and 0.4.
+GradientSampling = GaussianHomotopy
+Medianveraging = MedianAveraging

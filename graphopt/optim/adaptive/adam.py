@@ -10,6 +10,7 @@ from graphopt.optim.core.arithmetic import average, debias, root, zeros
 from graphopt.optim.core.bounds import ANY, DECAY, NON_NEGATIVE, numbers
 from graphopt.optim.core.context import Context, Number, Settings
 from graphopt.optim.core.module import Rule
+from graphopt.optim.core.renamed import renamed
 
 
 class AdamState(NamedTuple):
@@ -27,6 +28,7 @@ class AMSGradState(NamedTuple):
     max_exp_avg_sq: Tensor
 
 
+@renamed(debias="debiased")
 class Adam(Rule):
     """The gradient's average, divided by the root of its square's average.
 

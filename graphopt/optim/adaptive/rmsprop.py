@@ -12,6 +12,7 @@ from graphopt.optim.core.arithmetic import average, choose, debias, larger, root
 from graphopt.optim.core.bounds import DECAY, NON_NEGATIVE, numbers
 from graphopt.optim.core.context import Context, Number, Settings
 from graphopt.optim.core.module import Rule
+from graphopt.optim.core.renamed import renamed
 
 
 class RMSpropState(NamedTuple):
@@ -50,6 +51,7 @@ _STATES: dict[tuple[bool, bool], type[tuple[Any, ...]]] = {
 }
 
 
+@renamed(debias="debiased")
 class RMSprop(Rule):
     """The update, divided by the root of the average of its squares.
 

@@ -131,6 +131,30 @@ class Var:
                 self.update = [-update for update in self.update]
         return self.update
 
+    # Other names: of the seed's torchzero, and of 0.4, where this class is called Objective.
+
+    @property
+    def grad(self) -> list[Tensor]:
+        """`grads`."""
+        return self.get_grad()
+
+    @property
+    def updates(self) -> list[Tensor] | None:
+        """`update`."""
+        return self.update
+
+    @updates.setter
+    def updates(self, updates: list[Tensor] | None) -> None:
+        self.update = updates
+
+    def get_grads(self) -> list[Tensor]:
+        """`get_grad`."""
+        return self.get_grad()
+
+    def get_updates(self) -> list[Tensor]:
+        """`get_update`."""
+        return self.get_update()
+
     def part(self, indices: Sequence[int]) -> Var:
         """A second object for some of the parameters."""
         other = self.clone(clone_update=False)

@@ -46,7 +46,10 @@ class VectorModule(Module):
 
     def step(self, var: Var) -> Var:
         """Make the step, vector by vector."""
-        updates = var.get_update()
+        if var.update is None and not var.maximize and not self.children:
+            updates = var.get_grad()  # which a vector is a copy of anyway
+        else:
+            updates = var.get_update()
         if not updates:
             return var
         inner = updates
@@ -72,7 +75,9 @@ class VectorModule(Module):
             else:
                 state["num_elements"] = vector.numel()
                 direction = self.direct(vector, operand, flatten(params), state, settings)
-            news += unflatten(direction, [updates[index] for index in group])
+            is_own = direction is not operand and not direction._is_view()
+            is_own = is_own and not any(direction is value for value in state.values())
+            news += unflatten(direction, [updates[index] for index in group], is_own)
         var.update = news
         return var
 

@@ -23,10 +23,13 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors])
 
 
-def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The parts of a vector in the shapes of other tensors and their dtypes, at least float32; no views of the vector."""
+def unflatten(vector: Tensor, like: Sequence[Tensor], is_own: bool = False) -> list[Tensor]:
+    """The parts of a vector in the shapes of other tensors and their dtypes, at least float32.
+
+    No views of the vector, unless nobody else has it (``is_own``).
+    """
     if _are_plain(like) and vector.dtype == like[0].dtype and all(tensor.numel() for tensor in like):
-        return list(torch._C._nn.unflatten_dense_tensors(vector.clone(), list(like)))
+        return list(torch._C._nn.unflatten_dense_tensors(vector if is_own else vector.clone(), list(like)))
     parts = vector.split([tensor.numel() for tensor in like])
     return [
         part.reshape(tensor.shape).to(state_dtype(tensor), copy=True) for part, tensor in zip(parts, like, strict=True)

@@ -12,6 +12,7 @@ from graphopt.optim.core.arithmetic import average, choose, debias, zeros
 from graphopt.optim.core.bounds import ANY, DECAY, numbers
 from graphopt.optim.core.context import Context, Number, Settings
 from graphopt.optim.core.module import Rule
+from graphopt.optim.core.renamed import renamed
 
 
 class EMAState(NamedTuple):
@@ -20,6 +21,7 @@ class EMAState(NamedTuple):
     exp_avg: Tensor
 
 
+@renamed(debias="debiased")
 class EMA(Rule):
     """Replace the update by its exponential moving average.
 

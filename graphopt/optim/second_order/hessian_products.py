@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.autograd.forward_ad as forward_mode
@@ -25,11 +25,12 @@ from graphopt.optim.second_order.derivatives import (
 
 HVPMethod = Literal["autograd", "forward_over_reverse", "forward", "central"]
 METHODS = ("autograd", "forward_over_reverse", "forward", "central")
+_OTHER_NAMES = {"batched_autograd": "autograd", "fd_forward": "forward", "fd_central": "central"}  # torchzero 0.4
 
 
 def check_method(place: str, method: Any, option: str = "hvp_method") -> None:
     """Raise `OptionError` if there is no such method."""
-    if method not in METHODS:
+    if method not in METHODS and method not in _OTHER_NAMES:
         raise OptionError(f"{place}: {option}={method!r}; expected one of {', '.join(METHODS)}")
 
 
@@ -54,6 +55,7 @@ def hessian_product(
         ModuleError: the gradients of the closure are not those of its loss, so that autograd cannot be used.
         UnsupportedError: an operator in the loss cannot be differentiated twice; also raised by the function.
     """
+    method = cast(HVPMethod, _OTHER_NAMES.get(method, method))
     if method == "autograd":
         return _by_autograd(module, var, option)
     if method == "forward_over_reverse":

@@ -13,6 +13,7 @@ from graphopt.optim.core.bounds import NON_NEGATIVE, POSITIVE, numbers
 from graphopt.optim.core.closures import common
 from graphopt.optim.core.context import Number
 from graphopt.optim.core.module import Module, run_modules
+from graphopt.optim.core.renamed import renamed
 from graphopt.optim.core.var import Var
 from graphopt.optim.core.vectors import flatten, unflatten
 from graphopt.optim.second_order.derivatives import check_curvature
@@ -21,6 +22,7 @@ from graphopt.optim.second_order.hessian_products import HVPMethod, check_method
 HessianTransform = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, bool]]
 
 
+@renamed(damping="reg")
 class Newton(Module):
     """Solve ``(H + reg I) x = u``, H the Hessian of the closure and u the update; x is the new update.
 

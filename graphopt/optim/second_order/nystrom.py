@@ -13,6 +13,7 @@ from graphopt.optim.core.bounds import NON_NEGATIVE, POSITIVE, numbers
 from graphopt.optim.core.closures import common
 from graphopt.optim.core.context import Number
 from graphopt.optim.core.module import Module, run_modules
+from graphopt.optim.core.renamed import renamed
 from graphopt.optim.core.var import Var
 from graphopt.optim.core.vectors import flatten, unflatten
 from graphopt.optim.grad_approximation.random_directions import generators
@@ -87,6 +88,7 @@ class NystromSketchAndSolve(Module):
         return var
 
 
+@renamed(rank="sketch_size")
 class NystromPCG(Module):
     """Solve ``(H + reg I) x = u`` by conjugate gradients as `NewtonCG`, with a preconditioner made of a sketch of H.
 

@@ -10,9 +10,11 @@ from graphopt.optim.core.bounds import ANY, POSITIVE, numbers
 from graphopt.optim.core.closures import common
 from graphopt.optim.core.context import Number
 from graphopt.optim.core.module import Module
+from graphopt.optim.core.renamed import renamed
 from graphopt.optim.core.var import Var
 
 
+@renamed(f_star="min_obj_value")
 class PolyakStepSize(Module):
     """Multiply the update by the step size at which a linear model of the loss reaches its least value.
 
