@@ -42,6 +42,7 @@ class NLOptOptimizer(ExternalOptimizer):
     Reference: Johnson, "The NLopt nonlinear-optimization package", https://github.com/stevengj/nlopt, 2007.
 
     Example:
+        >>> import torch
         >>> point = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
         >>> optimizer = NLOptOptimizer([point], "LN_SBPLX", maxeval=1000, ftol_abs=1e-12, lb=-5, ub=5)
         >>> optimizer.step(lambda backward: (point**2).sum()) < 1e-8

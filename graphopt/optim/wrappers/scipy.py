@@ -66,6 +66,7 @@ class ScipyMinimize(ExternalOptimizer):
     Reference: Virtanen et al., "SciPy 1.0", Nature Methods 17, 2020.
 
     Example:
+        >>> import torch
         >>> point = torch.nn.Parameter(torch.tensor([-1.1, 2.5]))
         >>> optimizer = ScipyMinimize([point], "trust-exact")
         >>> def closure(backward=True):
