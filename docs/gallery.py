@@ -87,7 +87,7 @@ GALLERY = (
         (
             ("m.Adam(), m.LR(0.5)", 200),
             ("m.RMSprop(0.9), m.LR(0.2)", 200),
-            ("m.Lion(), m.LR(0.2)", 200),
+            ("m.Lion(), m.LR(0.15)", 200),
             ("m.Adan(), m.LR(0.5)", 200),
         ),
     ),
@@ -303,7 +303,9 @@ def draw(picture: Picture, runs: Sequence[Run], file: Path) -> None:
         figure.savefig(buffer, metadata={"Software": None})
         pyplot.close(figure)
         buffer.seek(0)
-        image = Image.open(buffer).convert("RGB").quantize(48, dither=Image.Dither.NONE)  # a third of the size
+        image = (
+            Image.open(buffer).convert("RGB").quantize(128, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        )  # a third of the size
         image.save(file, optimize=True)
 
 
