@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -113,9 +114,8 @@ def _are_numbers(values: Any, lengths: tuple[int, ...]) -> bool:
 
 def _import(place: str) -> Callable[..., Any]:
     try:
-        from scipy.optimize import minimize_scalar
+        return importlib.import_module("scipy.optimize").minimize_scalar  # type: ignore[no-any-return]
     except ImportError as error:
         raise UnsupportedError(
             f"{place} needs scipy, which is not installed ({error}). Type: pip install graphopt[wrappers]"
         ) from error
-    return minimize_scalar  # type: ignore[no-any-return]

@@ -159,7 +159,8 @@ class LBFGS(VectorModule):
             if before is None or inner is not update or not is_plain:
                 before = None
                 parts.append(old_rows @ y)
-        own, new, *old_parts = torch.cat(parts).to(**SMALL).split([2, 2] + [2 * num] * (len(parts) - 1))
+        found: list[Tensor] = list(pairs.small(torch.cat(parts)).split([2, 2] + [2 * num] * (len(parts) - 1)))
+        own, new, *old_parts = found
         if not bool(own[0] > settings.tol) or not bool(own[1].isfinite()):
             return old_parts[0] if num else None
         s_dot_y, y_dot_y = own[:1], own[1:]
@@ -188,7 +189,7 @@ class LBFGS(VectorModule):
         if not bool(torch.isfinite(factors).all()) or not bool(torch.isfinite(products).all()):
             pairs.forget(state)
             return vector
-        return torch.addmv(vector, pairs.rows(state).T, factors.flatten().to(vector), beta=scale)
+        return torch.addmv(vector, pairs.rows(state).T, pairs.for_product(factors.flatten(), vector), beta=scale)
 
 
 def check_counts(place: str, settings: Mapping[str, Any]) -> None:

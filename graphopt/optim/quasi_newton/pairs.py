@@ -17,9 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt import _compat
 from graphopt.optim.core.store import StateView
 
 SMALL: Any = {"dtype": torch.float64, "device": "cpu"}  # of what has no axis of elements: no kernels, no waiting
+
+
+def small(numbers: Tensor) -> Tensor:
+    """Numbers without an axis of elements, on the CPU; of a DTensor the same in all processes."""
+    return _compat.whole(numbers).to(**SMALL)
+
+
+def for_product(numbers: Tensor, vector: Tensor) -> Tensor:
+    """Such numbers where a vector is."""
+    numbers = numbers.to(vector.device, vector.dtype)
+    if _compat.local_part(vector) is vector:
+        return numbers
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = vector.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(numbers, mesh, [Replicate()] * mesh.ndim)
 
 
 def forget(state: StateView) -> None:
@@ -42,7 +59,7 @@ def rows(state: StateView) -> Tensor:
 
 def products(vector: Tensor, state: StateView) -> Tensor:
     """The inner products of all s and y, in turn, with a vector; shape (2 k,), on the CPU."""
-    return (rows(state) @ vector).to(**SMALL)
+    return small(rows(state) @ vector)
 
 
 def ages(state: StateView) -> list[int]:

@@ -473,3 +473,46 @@ def test_scipy_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(UnsupportedError, match=r"ScipyMinimizeScalar needs scipy.*pip install graphopt\[wrappers\]"):
         m.ScipyMinimizeScalar()
+
+
+@pytest.mark.parametrize(
+    ("a_init", "expected"),
+    [
+        ("fixed", 2.0),
+        ("previous", 0.5),
+        ("first-order", 0.5 * 64 / 36),
+        ("quadratic", 2 * (64 - 36) / 36),
+        ("quadclip", min(2.0, 1.01 * 2 * (64 - 36) / 36)),
+    ],
+)
+def test_where_strong_wolfe_starts(a_init, expected):
+    """On x² from 8; the gradient is 16, so that a step no longer than 1 is 2/16 for init = 2."""
+    tried = []
+    problem = Problem(lambda x: tried.append(x.item()) or x**2, 8.0)
+    optimizer = Modular(problem.params, m.LR(0.25), m.StrongWolfe(init=2.0, a_init=a_init))  # the update is 4
+    optimizer.step(problem.closure)
+    first = tried[1]
+    assert first == pytest.approx(8.0 - (8.0 if a_init == "fixed" else 2.0))
+    state = optimizer.state[problem.params[0]]
+    if a_init != "fixed":  # it satisfies both conditions at once
+        prefix = next(key for key in state if key.endswith("prev_size")).removesuffix("prev_size")
+        assert (state[f"{prefix}prev_size"], state[f"{prefix}prev_slope"], state[f"{prefix}prev_loss"]) == (
+            0.5,
+            -64,
+            64,
+        )
+    problem.params[0].data.fill_(6.0)
+    tried.clear()
+    optimizer.step(problem.closure)  # the update is 3, the slope -36
+    assert tried[1] == pytest.approx(6.0 - 3.0 * expected)
+
+
+def test_directions_without_a_scale():
+    """A gradient of a million: with init alone the search ends before it is near."""
+    for a_init, end in (("fixed", 14.0), ("first-order", 10.0)):
+        problem = Problem(lambda x: torch.exp(x) + x**2, 14.0)
+        Modular(problem.params, m.StrongWolfe(c2=0.1, maxzoom=4, a_init=a_init)).step(problem.closure)
+        assert (problem.params[0].item() == 14.0) is (end == 14.0)
+        assert problem.loss <= math.exp(end) + 1.001 * end**2
+    with pytest.raises(OptionError, match="StrongWolfe: a_init='big'; expected one of fixed, previous, first-order"):
+        m.StrongWolfe(a_init="big")
