@@ -234,5 +234,7 @@ from graphopt.optim.truegrad.rmsprop import TrueGradRMSprop as TrueGradRMSprop
 from graphopt.optim.truegrad.shampoo import TrueGradShampoo as TrueGradShampoo
 
 # What torchzero calls them: the seed's version, and 0.4.
+DYHS = HybridHS_DY
 GradientSampling = GaussianHomotopy
+ICUM = ColumnUpdatingMethod
 Medianveraging = MedianAveraging

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from graphopt.optim.core.context import Number, Settings
+from graphopt.optim.core.renamed import renamed
 from graphopt.optim.core.store import StateView
 from graphopt.optim.core.vector_module import VectorModule, check_interval, is_due
 
 
+@renamed(restart_interval="reset_interval")
 class ConjugateGradientBase(VectorModule):
     """``d_t = u_t + β_t d_{t-1}``, where a subclass says in `get_beta` what β is.
 

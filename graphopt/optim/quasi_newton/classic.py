@@ -33,8 +33,10 @@ class BFGS(QuasiNewtonH):
         sy = s.dot(y)
         if bool(sy <= settings.tol):
             return H
-        left = torch.eye(len(s), dtype=s.dtype, device=s.device) - torch.outer(s, y) / sy
-        return left @ H @ left.T + torch.outer(s, s) / sy
+        Hy = H @ y
+        half = s * ((1 + y.dot(Hy) / sy) / (2 * sy)) - Hy / sy
+        cross = torch.outer(s, half)
+        return H + (cross + cross.T)  # the formula above without products of matrices
 
 
 class DFP(QuasiNewtonH):

@@ -11,10 +11,12 @@ from torch import Tensor
 from graphopt.errors import OptionError
 from graphopt.optim.core.bounds import DECAY, NON_NEGATIVE, Bounds, is_number, numbers
 from graphopt.optim.core.context import Number, Settings
+from graphopt.optim.core.renamed import renamed
 from graphopt.optim.core.store import StateView
 from graphopt.optim.core.vector_module import VectorModule, check_interval, is_due, shorten_first
 
 
+@renamed(restart_interval="reset_interval", ptol_restart="tol_reset")
 class QuasiNewtonH(VectorModule):
     """Multiply the update by an estimate H of the inverse Hessian, learned from differences of updates.
 
@@ -22,14 +24,16 @@ class QuasiNewtonH(VectorModule):
     next H; or `update_B`, which returns the next estimate B of the Hessian itself, and then the update is ``B⁻¹ g``. Others
     may override `multiply`.
 
-    The matrix has as many rows as there are elements: for some thousands at most.
+    The matrix has as many rows as there are elements, n: for some thousands at most.
+
+    Cost: O(n²) for each step, with ``update_B`` O(n³), and what the subclass does; keeps n² + 2 n numbers.
 
     Args:
         defaults: hyper-parameters of the subclass and their values.
         init_scale: H is this times the identity at first (B: divided by it); ``"auto"`` for ``⟨s, y⟩ / ⟨y, y⟩``, with the
             first pair (Nocedal, Wright, equation 6.20).
-        tol: pairs are not used if no element of ``y`` is above; and what a subclass compares with it.
-        tol_reset: whether H is forgotten when that happens.
+        tol: pairs are not used if no element of ``y`` is above, or if ``s`` is 0; and what a subclass compares with it.
+        tol_reset: whether H is forgotten when that happens, as when a line search has found nothing along the direction.
         reset_interval: forget H after so many steps; ``"auto"`` for one more than there are elements.
         beta: H is ``beta`` times the old one plus ``1 - beta`` times the next.
         update_freq: use only the pair of each so many steps.
@@ -138,6 +142,10 @@ class QuasiNewtonH(VectorModule):
         solution, failed = torch.linalg.solve_ex(matrix, g)
         return g if bool(failed) else solution
 
+    def starts_anew(self, count: int, num_elements: int, settings: Settings) -> bool:
+        """Whether H is forgotten before a step, ``count`` steps after it was last; by ``reset_interval``."""
+        return is_due(settings.reset_interval, count, num_elements)
+
     # -------------------------------------------------------------------------------------------------------- internals
 
     @property
@@ -157,15 +165,15 @@ class QuasiNewtonH(VectorModule):
     def direct(self, update: Tensor, inner: Tensor, param: Tensor, state: StateView, settings: Settings) -> Tensor:
         """Learn from the last step, and multiply."""
         name = "B" if self._keeps_b else "H"
-        if is_due(settings.reset_interval, state.get("num_since_reset", -1) + 1, update.numel()):
+        if self.starts_anew(state.get("num_since_reset", -1) + 1, update.numel(), settings):
             state.clear()
         if name not in state:
             return self._start(name, update, inner, param, state, settings)
         s, y = param - state["prev_param"], update - state["prev_grad"]
         state["num_since_reset"] += 1
         if (state["num_since_reset"] - 1) % settings.update_freq == 0:
-            if bool(y.abs().amax() <= settings.tol):
-                if settings.tol_reset:  # also where a line search has found nothing along H
+            if bool((y.abs().amax() <= settings.tol) | ~s.any()):
+                if settings.tol_reset:
                     state.clear()
                     return self._start(name, update, inner, param, state, settings)
             else:

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from graphopt.errors import NonFiniteError
-from graphopt.optim import Modular, m
+from graphopt.optim import Modular, QuasiNewtonH, m
 from tests.optim.core.test_every_module import build
-from tests.optim.examples import NAMES
+from tests.optim.examples import NAMES, PUBLIC
 from tests.optim.training import largest_difference, make_params, set_gradients, train
 from tests.runtime import processes
 
@@ -105,7 +105,8 @@ def _train_fully_sharded(rank, name):
 
 
 # Modules that keep a tensor of another shape than the parameter's, of which every process would need a part.
-NOT_SPREAD = {"Averaging", "MedianAveraging", "WeightedAveraging", "BFGS", "DFP", "SR1"}
+NOT_SPREAD = {"Averaging", "MedianAveraging", "WeightedAveraging"}
+NOT_SPREAD |= {name for name in NAMES if issubclass(PUBLIC[name], QuasiNewtonH)}
 TOLERANCE = {"Muon": 0.05, "Orthogonalize": 0.05}  # their products are in bfloat16, and add up in another order
 
 
