@@ -11,7 +11,9 @@ from graphopt.optim.quasi_newton.quasi_newton_h import QuasiNewtonH
 
 
 class BFGS(QuasiNewtonH):
-    """``H⁺ = (I - ρ s yᵀ) H (I - ρ y sᵀ) + ρ s sᵀ``, ``ρ = 1 / ⟨s, y⟩``; H stays if ``⟨s, y⟩ <= tol``, so it stays positive.
+    """``H⁺ = (I - ρ s yᵀ) H (I - ρ y sᵀ) + ρ s sᵀ``, ``ρ = 1 / ⟨s, y⟩``.
+
+    H stays as it is if ``⟨s, y⟩ <= tol ‖s‖ ‖y‖``, so it stays positive.
 
     Arguments as `QuasiNewtonH`. Without a line search it takes small learning rates; best behind it is `StrongWolfe`.
 
@@ -31,7 +33,7 @@ class BFGS(QuasiNewtonH):
         settings: Settings,
     ) -> Tensor:
         sy = s.dot(y)
-        if bool(sy <= settings.tol):
+        if bool(sy <= settings.tol * s.norm() * y.norm()):
             return H
         Hy = H @ y
         half = s * ((1 + y.dot(Hy) / sy) / (2 * sy)) - Hy / sy
@@ -40,9 +42,9 @@ class BFGS(QuasiNewtonH):
 
 
 class DFP(QuasiNewtonH):
-    """``H⁺ = H + s sᵀ / ⟨s, y⟩ - H y yᵀ H / ⟨y, H y⟩``; H stays if ``⟨s, y⟩ <= tol``.
+    """``H⁺ = H + s sᵀ / ⟨s, y⟩ - H y yᵀ H / ⟨y, H y⟩``; H stays if ``⟨s, y⟩ <= tol ‖s‖ ‖y‖``.
 
-    Arguments as `QuasiNewtonH`.
+    Arguments as `QuasiNewtonH`. It depends more on accurate line searches than `BFGS`: ``StrongWolfe(c2=0.1)``.
 
     Reference: Nocedal, Wright, "Numerical Optimization", 2nd edition, 2006, equation 6.15.
     """
@@ -61,7 +63,7 @@ class DFP(QuasiNewtonH):
     ) -> Tensor:
         sy, Hy = s.dot(y), H @ y
         yHy = y.dot(Hy)
-        if bool(sy <= settings.tol) or bool(yHy <= settings.tol**2):
+        if bool(sy <= settings.tol * s.norm() * y.norm()) or bool(yHy <= 0):
             return H
         return H + torch.outer(s, s) / sy - torch.outer(Hy, Hy) / yHy
 
