@@ -51,7 +51,6 @@ DENSE = {
 }
 CASES = {**DENSE, "LBFGS": Case(50, ends=True)}
 EVERY = [getattr(m, name) for name in CASES]
-ROWS = [f"Q{number}" for number in range(1, 18) if number != 6]
 QUADRATICS = [(4, 10), (4, 100), (8, 10), (8, 100)]
 SHAPES = [(), (1,), (1, 1), (10,), (1, 10), (10, 1), (10, 10), (4, 4, 4), (3, 3, 3, 3), (2,), (10, 1, 3, 1, 1)]
 
@@ -111,7 +110,7 @@ def test_sr1_needs_no_line_search():
     assert (inverse @ matrix - torch.eye(4)).abs().max() < 1e-8
 
 
-@accepts(*ROWS)
+@accepts("Q1", "Q2", "Q3", "Q4", "Q5", "Q7", "Q8", "Q9", "Q10", "Q11", "Q12", "Q13", "Q14", "Q15", "Q16", "Q17")
 @pytest.mark.parametrize("name", DENSE)
 def test_secant_equation(name):
     module = getattr(m, name)
@@ -141,7 +140,7 @@ def test_secant_equation(name):
     assert max(errors) < 1e-10
 
 
-@accepts(*ROWS)
+@accepts("Q1", "Q2", "Q3", "Q4", "Q5", "Q7", "Q8", "Q9", "Q10", "Q11", "Q12", "Q13", "Q14", "Q15", "Q16", "Q17")
 @pytest.mark.parametrize("name", CASES)
 def test_rosenbrock(name):
     problem = in_plane(rosenbrock, 2)
@@ -151,7 +150,7 @@ def test_rosenbrock(name):
     )
 
 
-@accepts(*ROWS)
+@accepts("Q1", "Q2", "Q3", "Q4", "Q5", "Q7", "Q8", "Q9", "Q10", "Q11", "Q12", "Q13", "Q14", "Q15", "Q16", "Q17")
 @pytest.mark.parametrize("module", EVERY)
 def test_least_squares_and_spheres(module):
     problem = in_plane(least_squares)
@@ -197,7 +196,7 @@ def test_no_closure_is_needed_and_history_is_bounded(module):
     assert torch.equal(problem.vector, reference.vector)
 
 
-@accepts(*ROWS)
+@accepts("Q1", "Q2", "Q3", "Q4", "Q5", "Q7", "Q8", "Q9", "Q10", "Q11", "Q12", "Q13", "Q14", "Q15", "Q16", "Q17")
 @pytest.mark.parametrize("module", EVERY)
 def test_inner_is_applied_once_before_the_product_and_nothing_is_learned_from_it(module):
     moves = []
