@@ -284,7 +284,8 @@ class Rule(Module):
 
     def step(self, var: Var) -> Var:
         """Run the rule for each tensor; children see a copy of the incoming update."""
-        updates = var.get_update()
+        updates = var.read_update()
+        is_borrowed = var.update is None
         operands = self.run_children(var) if self.children else {}
         measured = self._measure(var, updates, operands) if self.measures and updates else {}
         news = list(updates)
@@ -303,7 +304,8 @@ class Rule(Module):
             context.measured = measured
             new, state = self.update(update, old, settings, context)
             self.set_state(param, state)
-            news[index] = new.to(update.dtype)  # numbers in float64 widen what has shape (), and only that
+            new = new.to(update.dtype)  # numbers in float64 widen what has shape (), and only that
+            news[index] = new.clone() if is_borrowed and _share_memory(new, update) else new
         var.update = news
         return var
 
@@ -319,8 +321,9 @@ class Rule(Module):
         return self.measure_all(Everything(contexts, updates, operands, states), self.plain_settings(var.params[0]))
 
     def forget(self) -> None:
-        """Drop the buffers in which the state of many tensors stands; what stands in the store are views of them."""
-        self._batches = None
+        """Drop the buffers that hold the state of many tensors; what stands in the store are views of them."""
+        if self._batches is not None:
+            self._batches = None
 
     def plain_settings(self, param: Tensor) -> Settings:
         """The hyper-parameters for a parameter, numbers without axes."""
@@ -437,6 +440,10 @@ class _SettingsOf(Mapping[Tensor, Settings]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def _share_memory(left: Tensor, right: Tensor) -> bool:
+    return left is right or left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
 
 
 def make_context(module: Module, var: Var, index: int) -> Context:

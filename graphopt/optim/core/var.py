@@ -131,6 +131,16 @@ class Var:
                 self.update = [-update for update in self.update]
         return self.update
 
+    def read_update(self) -> list[Tensor]:
+        """What `get_update` returns, not to be written to: where nobody has made an update yet, the gradients themselves."""
+        if self.update is None and not self.maximize and all(type(grad) is Tensor for grad in self.get_grad()):
+            wide = (torch.float32, torch.float64)
+            return [
+                grad if grad.dtype in wide else grad.to(torch.promote_types(grad.dtype, torch.float32))
+                for grad in self.get_grad()
+            ]
+        return self.get_update()
+
     # Other names: of the seed's torchzero, and of 0.4, where this class is called Objective.
 
     @property

@@ -22,6 +22,7 @@ from graphopt.optim.core.flat.torch_kernels import Tensors, TorchKernel
 from graphopt.optim.core.module import Rule
 from graphopt.optim.core.var import Var
 from graphopt.optim.flat_kernels import flatten
+from graphopt.optim.step_size.lr import LR
 
 Way = Literal["kernel", "torch", "foreach"]
 
@@ -258,6 +259,37 @@ class KindRun:
         else:
             return bucket.gather(name, [var.notes_of(index, self._reads)[name] for index in self.members], dtype)
         return bucket.gather(name, [source[index] for index in self.members], dtype)
+
+
+class Subtraction(KindRun):
+    """``param -= lr * update``: what is left to do behind modules that are no run of element-wise rules, without a compiler."""
+
+    @staticmethod
+    def suits(rules: Sequence[Rule], kind: Kind, numbers: Sequence[Any]) -> bool:
+        """Whether that is all that the rules do."""
+        return (
+            type(rules[0]) is LR
+            and len(rules) == 1
+            and kind.writes_param
+            and not kind.takes_grad
+            and not isinstance(numbers[0], Tensor)
+            and kind.param_dtype in (torch.float32, torch.float64)
+            and torch.promote_types(kind.grad_dtype, torch.float32) == kind.param_dtype
+        )
+
+    def compile(self) -> None:
+        """Nothing is compiled."""
+
+    def step(self, var: Var, outs: list[Tensor | None]) -> None:
+        """Make one step."""
+        assert var.update is not None
+        params = [var.params[index] for index in self.indices]
+        updates = [var.update[index] for index in self.indices]
+        rate = self.numbers[0]
+        if isinstance(rate, Tensor):  # since the last step
+            torch._foreach_sub_(params, list(torch._foreach_mul(updates, rate)))
+        else:
+            torch._foreach_sub_(params, updates, alpha=rate)
 
 
 def settings_of(param: Tensor) -> Callable[[Rule], Settings]:

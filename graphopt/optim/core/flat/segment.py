@@ -15,7 +15,7 @@ from graphopt import _compat
 from graphopt.optim.core.context import Settings
 from graphopt.optim.core.flat import kernels, program, torch_kernels
 from graphopt.optim.core.flat.bucket import Bucket
-from graphopt.optim.core.flat.kind_run import KindRun, Unit, Way, path_of, settings_of
+from graphopt.optim.core.flat.kind_run import KindRun, Subtraction, Unit, Way, path_of, settings_of
 from graphopt.optim.core.flat.program import Kind, Program, every_rule
 from graphopt.optim.core.flat.ragged import ROW_WIDTH
 from graphopt.optim.core.module import Rule
@@ -164,18 +164,22 @@ class FlatSegment:
             torch_kernel = torch_kernels.recognize(self.rules, settings_of(params[0]), path_of)
             if torch_kernel is not None and torch_kernels.supports(torch_kernel, kind.device, kind.param_dtype):
                 way = "torch"
-        made = None if way == "torch" else _program(kind, self.rules, settings_of(params[0]))
+        numbers, _ = program.read_settings(self.rules, settings_of(params[0]))
+        only_subtracts = (
+            not self.capturable and Subtraction.suits(self.rules, kind, numbers) and _are_alike(var, indices)
+        )
+        made = None if way == "torch" or only_subtracts else _program(kind, self.rules, settings_of(params[0]))
         states = [self._state_of(param) for param in params]
         assert var.counts is not None
         count = var.counts[indices[0]]
         sources = list({var.source_of(param): param for param in params}.values())
 
         def make(way: Way) -> KindRun:
-            small = _small(params, way, kind.device)
+            small = [] if only_subtracts else _small(params, way, kind.device)
             bucket = self._make_bucket(made, params, states, small, way) if small else None
             units = [Unit(indices[i], states[i]) for i in range(len(params)) if i not in set(small)]
             members = [indices[i] for i in small]
-            return KindRun(
+            return (Subtraction if only_subtracts else KindRun)(
                 kind,
                 made,
                 self.rules,
@@ -254,6 +258,12 @@ def apply_updates(params: Sequence[Tensor], updates: Sequence[Tensor]) -> None:
             param.sub_(update)
         else:
             param.copy_(param.to(torch.promote_types(param.dtype, update.dtype)) - update)
+
+
+def _are_alike(var: Var, indices: Sequence[int]) -> bool:
+    """Whether the updates have the dtypes of their parameters."""
+    assert var.update is not None
+    return all(var.update[index].dtype == var.params[index].dtype for index in indices)
 
 
 def _note_dtype(value: Any) -> torch.dtype | None:
