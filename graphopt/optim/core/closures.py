@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import ClosureError, OptionError
+from graphopt.optim.core.vectors import copies
 
 if TYPE_CHECKING:
     from graphopt.optim.core.module import Module
@@ -49,13 +50,13 @@ def restored(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
     (Subtracting what was added leaves a rounding error, which adds up over steps.)
     """
-    before = [param.detach().clone() for param in params]
+    before = copies(params)
     try:
         yield before
     finally:
         with torch.no_grad():
-            for param, value in zip(params, before, strict=True):
-                param.copy_(value)
+            if params:
+                torch._foreach_copy_(list(params), before)
 
 
 def common(module: Module, params: Sequence[Tensor], name: str) -> Any:
@@ -64,7 +65,7 @@ def common(module: Module, params: Sequence[Tensor], name: str) -> Any:
     Raises:
         OptionError: it is not.
     """
-    values = [module.get_settings(param)[name] for param in params]
+    values = [module.get_settings(param)[name] for param in (params[:1] if module.has_one_choice else params)]
     for value in values:
         if value is not values[0] and value != values[0]:
             raise OptionError(

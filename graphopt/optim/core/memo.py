@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from graphopt.optim.core.closures import number
+from graphopt.optim.core.vectors import are_plain, flatten, unflatten
 
 # The start of a step, the best point that a line search has seen, and the last one.
 _MAX_POINTS = 3
 
 
 class _Point(NamedTuple):
-    params: list[Tensor]
+    params: list[Tensor]  # copies, or one vector of all
     loss: Any
-    grads: list[Tensor | None] | None
+    grads: tuple[list[int], list[Tensor]] | None  # of which parameters; copies, or one vector of all
 
 
 class Memo:
@@ -41,36 +42,56 @@ class Memo:
 
         @functools.wraps(closure)  # (its signature, too, which errors look at)
         def remembering(backward: bool = True) -> Any:
-            point = self._find(params)
+            here = _copied(params)
+            point = self._find(here)
             if point is not None and not backward and not torch.is_grad_enabled():
                 return point.loss
             if point is not None and backward and point.grads is not None:
-                for param, grad in zip(params, point.grads, strict=True):
-                    param.grad = None if grad is None else grad.clone()
+                _give(params, *point.grads)
                 return point.loss
             # Without an argument, so that closures of every other optimizer work, too.
             loss = closure() if backward else closure(False)
-            self._keep(point, params, loss, backward)
+            self._keep(point, here, params, loss, backward)
             return loss
 
         return remembering
 
-    def _find(self, params: Sequence[Tensor]) -> _Point | None:
+    def _find(self, here: Sequence[Tensor]) -> _Point | None:
         for point in reversed(self._points):
-            if len(point.params) == len(params) and all(
-                old.shape == param.shape and torch.equal(old, param)
-                for old, param in zip(point.params, params, strict=True)
-            ):
+            if len(point.params) == len(here) and all(map(_are_equal, point.params, here)):
                 return point
         return None
 
-    def _keep(self, known: _Point | None, params: Sequence[Tensor], loss: Any, backward: bool) -> None:
+    def _keep(
+        self, known: _Point | None, here: list[Tensor], params: Sequence[Tensor], loss: Any, backward: bool
+    ) -> None:
         grads = None
         if backward:
-            grads = [None if param.grad is None else param.grad.detach().clone() for param in params]
+            indices = [index for index, param in enumerate(params) if param.grad is not None]
+            grads = indices, _copied([cast(Tensor, params[index].grad) for index in indices])
         elif known is not None:
             grads = known.grads
         value = loss.detach().clone() if isinstance(loss, Tensor) else number(loss)
-        point = _Point([param.detach().clone() for param in params], value, grads)
         others = [other for other in self._points if other is not known]
-        self._points = [*others[1 - _MAX_POINTS :], point]
+        self._points = [*others[1 - _MAX_POINTS :], _Point(here, value, grads)]
+
+
+def _copied(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [flatten(tensors)] if tensors and are_plain(tensors) else [tensor.detach().clone() for tensor in tensors]
+
+
+def _give(params: Sequence[Tensor], indices: Sequence[int], grads: Sequence[Tensor]) -> None:
+    """Give parameters copies of gradients, and none to the others."""
+    owners = [params[index] for index in indices]
+    if len(grads) == len(owners):
+        parts = [grad.clone() for grad in grads]
+    else:
+        parts = unflatten(grads[0], owners)
+    for param in params:
+        param.grad = None
+    for owner, part in zip(owners, parts, strict=True):
+        owner.grad = part
+
+
+def _are_equal(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and torch.equal(left, right)

@@ -420,6 +420,7 @@ class Modular(torch.optim.Optimizer):
             replaces=self.defaults["differentiable"],
             batches=self._mode != "loop",
             on_change=self._forget_plans,
+            has_one_group=lambda: len(self.param_groups) == 1,
         )
         self._lane = self._new_lane()
 

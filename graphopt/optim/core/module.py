@@ -162,6 +162,11 @@ class Module:
         return self
 
     @property
+    def has_one_choice(self) -> bool:
+        """Whether the hyper-parameters are those of one group, the same for all parameters."""
+        return not self._overrides and (self._binding is None or self._binding.has_one_group())
+
+    @property
     def overridden(self) -> Mapping[Tensor, Mapping[str, Any]]:
         """What `set_param_groups` has chosen, by parameter."""
         return self._overrides
@@ -381,6 +386,7 @@ class Binding:
         replaces: whether new state takes the place of the old instead of being copied into it.
         batches: whether rules that may do so step tensors of equal shape together.
         on_change: called when hyper-parameters of single parameters have been chosen anew.
+        has_one_group: whether all parameters are in one group, or there are no groups.
     """
 
     def __init__(
@@ -394,6 +400,7 @@ class Binding:
         replaces: bool = False,
         batches: bool = False,
         on_change: Callable[[], None] = lambda: None,
+        has_one_group: Callable[[], bool] = lambda: True,
     ) -> None:
         self.path = path
         self.place = place
@@ -404,6 +411,7 @@ class Binding:
         self.replaces = replaces
         self.batches = batches
         self.on_change = on_change
+        self.has_one_group = has_one_group
 
     def group_settings(self, param: Tensor) -> dict[str, Any]:
         """The hyper-parameters that the parameter's group names."""

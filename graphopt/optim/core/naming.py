@@ -77,10 +77,11 @@ def bind(
     replaces: bool,
     batches: bool = False,
     on_change: Callable[[], None] = lambda: None,
+    has_one_group: Callable[[], bool] = lambda: True,
 ) -> None:
     """Give the modules of a chain their places."""
     for module, path, place, keys in named:
-        module.bind(Binding(path, place, store, keys, groups, first_param, replaces, batches, on_change))
+        module.bind(Binding(path, place, store, keys, groups, first_param, replaces, batches, on_change, has_one_group))
 
 
 def check_order(modules: Sequence[Module]) -> None:

@@ -14,6 +14,7 @@ from graphopt._compat import is_transformed
 from graphopt.annotations import Key
 from graphopt.errors import ClosureError, MissingAnnotation, NonFiniteError
 from graphopt.optim.core.closures import RIGHT_CLOSURE, check_loss, number
+from graphopt.optim.core.vectors import copies
 
 Closure = Callable[..., Any]
 """Computes the loss; called with ``backward=True`` (or nothing) it also computes gradients, with ``False`` it does not."""
@@ -260,8 +261,15 @@ class Var:
                 )
             raise
 
+    def see_grads(self) -> list[Tensor]:
+        """The gradients in ``p.grad``, not to be written to, and only until the next evaluation; zeros where there is none."""
+        return [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self.params]
+
     def read_grads(self) -> list[Tensor]:
         """The gradients in ``p.grad``, copied; zeros where there is none."""
+        grads = [param.grad for param in self.params]
+        if all(type(grad) is Tensor for grad in grads):
+            return copies(cast("list[Tensor]", grads))
         return [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in self.params]
 
     def _evaluate(self, backward: bool) -> None:

@@ -13,7 +13,7 @@ from graphopt.errors import ModuleError, NonFiniteError, OptionError
 from graphopt.optim.core.closures import number, restored
 from graphopt.optim.core.module import Module
 from graphopt.optim.core.var import Var
-from graphopt.optim.core.vectors import inner_product
+from graphopt.optim.core.vectors import inner_product, move, scaled
 
 
 class _NoneLeft(Exception):
@@ -96,9 +96,8 @@ class LineSearch(Module):
         self._num_evaluations += 1
         step_size = float(step_size)
         with torch.no_grad():
-            # The very expression by which the step is made afterwards, so that its loss is the one that was seen here.
-            for param, start, update in zip(var.params, self._starts, var.get_update(), strict=True):
-                param.copy_(start.to(torch.promote_types(start.dtype, update.dtype)) - update * step_size)
+            # Rounded as the step that is made afterwards, so that its loss is the one that was seen here.
+            move(var.params, self._starts, var.get_update(), step_size)
         loss = number(var.evaluate(backward))
         self._tried[step_size] = loss
         return loss
@@ -111,7 +110,7 @@ class LineSearch(Module):
             var: as passed to `search`.
         """
         loss = self.evaluate(step_size, var, backward=True)
-        return loss, -inner_product(var.read_grads(), var.get_update())
+        return loss, -inner_product(var.see_grads(), var.get_update())
 
     def slope(self, var: Var) -> float:
         """The derivative of the loss with respect to the step size at 0; negative if the update descends."""
@@ -134,7 +133,7 @@ class LineSearch(Module):
                 self._starts = None
         if not math.isfinite(step_size):
             raise NonFiniteError(f"{self.place}: search() returned {step_size}; expected a finite step size")
-        var.update = [tensor * step_size for tensor in update]
+        var.update = scaled(update, step_size)
         return var
 
 

@@ -13,6 +13,7 @@ from graphopt.optim.core.closures import restored
 from graphopt.optim.core.flat.segment import apply_updates
 from graphopt.optim.core.memo import Memo
 from graphopt.optim.core.var import Var
+from graphopt.optim.core.vectors import copies
 from graphopt.optim.routing.router import Router
 
 
@@ -46,7 +47,7 @@ class _InnerSteps(Router):
                 result = self.run_chain(chain, inner)
                 with torch.no_grad():
                     apply_updates(params, result)
-            ends = [param.detach().clone() for param in params]
+            ends = copies(params)
         assert first is not None
         var.update_attrs_from_clone_(first)
         var.update = [_difference(start, end) for start, end in zip(starts, ends, strict=True)]

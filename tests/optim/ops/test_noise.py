@@ -55,7 +55,11 @@ def test_ranges():
 
 
 @accepts("X7")
-@pytest.mark.parametrize("make", [*(row[0] for row in SAMPLES.values()), m.NoiseSign, m.Dropout], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [*(row[0] for row in SAMPLES.values()), m.NoiseSign, m.Dropout],
+    ids=[*map(str, SAMPLES), "NoiseSign", "Dropout"],
+)
 def test_seeds(make):
     """Each step draws anew, and the same sequence again with the same seed, whatever the global generator does."""
     grads = [[torch.ones(50, dtype=torch.float64)]] * 2

@@ -20,6 +20,7 @@ from graphopt.optim.core.flat.program import Kind, Program, every_rule
 from graphopt.optim.core.flat.ragged import ROW_WIDTH
 from graphopt.optim.core.module import Rule
 from graphopt.optim.core.var import Var
+from graphopt.optim.core.vectors import are_plain
 
 Mode = Literal["auto", "loop", "foreach", "fused"]
 
@@ -252,6 +253,9 @@ class FlatSegment:
 
 def apply_updates(params: Sequence[Tensor], updates: Sequence[Tensor]) -> None:
     """Subtract updates from parameters, rounding once."""
+    if len(params) > 1 and are_plain([*params, *updates]):
+        torch._foreach_sub_(list(params), list(updates))
+        return
     for param, update in zip(params, updates, strict=True):
         update = _compat.placed_like(update, param)
         if param.dtype == update.dtype:
