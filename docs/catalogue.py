@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import inspect
+import io
 import re
 import warnings
 from collections import defaultdict
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from graphopt.optim import Modular, Rule, m
 from graphopt.optim.core.module import Module, walk
-from tests.optim.examples import PUBLIC, make
+from tests.optim.examples import PUBLIC, RESIDUALS, make, residuals_of
 from tests.optim.training import set_gradients
 
 PAGE = Path(__file__).parent / "catalogue.md"
@@ -32,7 +34,8 @@ One row for each module of `graphopt.optim.m`, by family; `python -m docs.catalo
 A chain is `Modular(params, m.X(), ..., m.LR(0.1))`. *u* is the update that comes in (the gradient at first), *g* the gradient, θ
 the parameter, *t* the step from 1; the result is subtracted. Costs count a parameter of n elements, or a matrix of r rows and c
 columns; *element-wise* is a pass over n elements, run in one kernel with its neighbours. State is what a float32 matrix of 8 x 4
-(and one of 32 x 16, where that differs) holds after two steps, divided by its elements. [Which one?](choosing.md)
+(and one of 32 x 16, where that differs) holds after two steps, divided by its elements; of modules that run others it includes what
+those of the example in `tests/optim/examples.py` hold. [Which one?](choosing.md)
 [What they look like](gallery.md).
 """
 _FORMULA = re.compile(r"``([^`]+)``")
@@ -94,9 +97,9 @@ def section(kind: type[Module], head: str) -> str:
 
 def cost(kind: type[Module]) -> str:
     """What the docstring says, else what follows from the class."""
-    written = section(kind, "Cost")
-    if written:
-        return written.rstrip(".")
+    for base in kind.__mro__:
+        if "Cost:" in (base.__doc__ or ""):
+            return section(base, "Cost").rstrip(".")
     if issubclass(kind, Rule):
         return "element-wise" if kind.elementwise else "O(n)"
     return "that of its modules" if issubclass(kind, Module) and "routing" in kind.__module__ else "O(n)"
@@ -116,13 +119,15 @@ def _measured(name: str, size: Sequence[int]) -> float:
 
     def closure(backward: bool = True) -> Tensor:
         loss = (param**4).sum() + (param * torch.linspace(0.5, 2, param.numel()).reshape(param.shape)).square().sum()
+        if name in RESIDUALS:
+            return residuals_of([param])
         if backward:
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     needs_closure = any(module.needs_closure for module in walk(modules))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # some print
         warnings.simplefilter("ignore")
         for _ in range(2):
             set_gradients([param], 0)

@@ -45,6 +45,8 @@ class Adafactor(Rule):
     Raises:
         OptionError: a number is out of range.
 
+    Cost: two passes over the elements; no product of matrices.
+
     Reference: Shazeer, Stern, "Adafactor", arXiv:1804.04235, 2018, algorithms 4 and 5.
     """
 

@@ -90,7 +90,8 @@ def when(condition: bool | Tensor, yes: Callable[[], _T], no: Callable[[], _T]) 
     Where the condition has no value yet (it is batched, traced or captured), both are called, and one result is chosen.
     """
     if isinstance(condition, Tensor) and _is_unknown(condition):
-        return pytree.tree_map(lambda left, right: torch.where(condition, left, right), yes(), no())
+        chosen: _T = pytree.tree_map(lambda left, right: torch.where(condition, left, right), yes(), no())
+        return chosen
     return yes() if condition else no()
 
 

@@ -57,10 +57,10 @@ class Memo:
         return remembering
 
     def _find(self, here: Sequence[Tensor]) -> _Point | None:
-        for point in reversed(self._points):
-            if len(point.params) == len(here) and all(map(_are_equal, point.params, here)):
-                return point
-        return None
+        def is_here(point: _Point) -> bool:
+            return len(point.params) == len(here) and all(map(_are_equal, point.params, here))
+
+        return next(filter(is_here, reversed(self._points)), None)
 
     def _keep(
         self, known: _Point | None, here: list[Tensor], params: Sequence[Tensor], loss: Any, backward: bool

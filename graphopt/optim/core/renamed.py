@@ -27,7 +27,7 @@ def renamed(**names: str) -> Callable[[_Kind], _Kind]:
     """
 
     def decorate(kind: _Kind) -> _Kind:
-        construct = kind.__init__
+        construct: Callable[..., None] = vars(kind).get("__init__") or kind.__init__  # type: ignore[misc]
 
         @functools.wraps(construct)
         def constructor(self: Any, *args: Any, **kwargs: Any) -> None:

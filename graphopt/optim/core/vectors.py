@@ -70,7 +70,9 @@ def _are_small(tensors: Sequence[Tensor]) -> bool:
 def move(targets: Sequence[Tensor], starts: Sequence[Tensor], updates: Sequence[Tensor], step_size: float) -> None:
     """``target = start - update * step_size``, rounded as `apply_updates` rounds when the updates have been scaled before."""
     if are_plain([*targets, *starts, *updates]):
-        torch._foreach_copy_(targets, torch._foreach_sub(starts, torch._foreach_mul(updates, step_size)))
+        torch._foreach_copy_(
+            list(targets), torch._foreach_sub(list(starts), torch._foreach_mul(list(updates), step_size))
+        )
         return
     for target, start, update in zip(targets, starts, updates, strict=True):
         target.copy_(start.to(torch.promote_types(start.dtype, update.dtype)) - update * step_size)
@@ -78,4 +80,8 @@ def move(targets: Sequence[Tensor], starts: Sequence[Tensor], updates: Sequence[
 
 def scaled(tensors: Sequence[Tensor], factor: float) -> list[Tensor]:
     """All tensors times a number."""
-    return list(torch._foreach_mul(tensors, factor)) if are_plain(tensors) else [tensor * factor for tensor in tensors]
+    return (
+        list(torch._foreach_mul(list(tensors), factor))
+        if are_plain(tensors)
+        else [tensor * factor for tensor in tensors]
+    )

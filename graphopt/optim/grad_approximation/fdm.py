@@ -30,6 +30,8 @@ class FDM(GradApproximator):
 
     Raises:
         OptionError: ``h`` is not positive, or there is no such formula.
+
+    Cost: one to four evaluations of the loss for each element, by the formula.
     """
 
     bounds = numbers(h=POSITIVE)

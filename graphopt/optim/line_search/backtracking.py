@@ -73,6 +73,8 @@ class Backtracking(_Backtracking):
     Raises:
         OptionError: an option is out of range.
 
+    Cost: an evaluation of the loss for each step size that is tried.
+
     Reference: Nocedal, Wright, "Numerical Optimization", 2nd edition, 2006, algorithm 3.1.
     """
 
@@ -131,6 +133,8 @@ class AdaptiveBacktracking(_Backtracking):
 
     Raises:
         OptionError: an option is out of range.
+
+    Cost: an evaluation of the loss for each step size that is tried; ``target_iters`` and one more are expected.
     """
 
     bounds = numbers(

@@ -73,6 +73,8 @@ class Averaging(_History):
 
     Raises:
         OptionError: the size is no whole number of at least 1.
+
+    Cost: O(n); keeps ``history_size`` updates.
     """
 
     def __init__(self, history_size: int) -> None:
@@ -91,6 +93,8 @@ class MedianAveraging(_History):
 
     Raises:
         OptionError: the size is no whole number of at least 1.
+
+    Cost: a median of ``history_size`` numbers for each element; keeps as many updates.
     """
 
     def __init__(self, history_size: int) -> None:
@@ -114,6 +118,8 @@ class WeightedAveraging(_History):
 
     Raises:
         OptionError: there are no weights, or they cannot be normalized.
+
+    Cost: O(n h) for h weights; keeps h updates.
     """
 
     def __init__(self, weights: Sequence[float], *, normalize: bool = False) -> None:
