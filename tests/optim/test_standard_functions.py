@@ -1,7 +1,8 @@
 """Methods that evaluate the loss, on the standard functions: as low as scipy's own, in at most 1.5 times its evaluations.
 
-What scipy reaches stands in a table, as its methods take longer than ours here. Evaluations are points at which the closure was called; it is not called twice at one with ``deterministic=True``. Where the
-step solves with second derivatives, scipy is given them, too, and neither's are counted.
+What scipy reaches stands in a table, as its methods take longer than ours here. Evaluations are points at which the closure was
+called; it is not called twice at one with ``deterministic=True``. Where the step solves with second derivatives, scipy is given
+them, too, and neither's are counted.
 """
 
 import warnings
@@ -178,6 +179,55 @@ class _Rosenbrock:
 @pytest.mark.parametrize("name", [n for n in PUBLIC if family_of(n) in FAMILIES and n not in NO_METHODS])
 def test_every_method_minimises_rosenbrock(name):
     assert evaluations_until(usual_chain(name), _Rosenbrock(), 1e-8, 600, name in RESIDUALS) < np.inf
+
+
+def estimated(module):
+    """Directions are fixed within a step, so that the estimate is the gradient times a matrix, which Newton's method divides out."""
+    return [module, m.NewtonCG(hvp_method="forward"), m.AdaptiveBacktracking()]
+
+
+OF_OTHER_FAMILIES = {
+    "ASAM": lambda: [m.ASAM(1e-4), m.BFGS(), m.StrongWolfe()],
+    "FDM": lambda: [m.FDM(1e-4), m.BFGS(), m.StrongWolfe()],
+    "ForwardGradient": lambda: estimated(m.ForwardGradient(5)),
+    "GaussianHomotopy": lambda: [m.GaussianHomotopy(20, 0.5, tol=1e-2, decay=0.3), m.BFGS(), m.StrongWolfe()],
+    "GaussianSmoothing": lambda: estimated(m.GaussianSmoothing(n_samples=8)),
+    "MeZO": lambda: estimated(m.MeZO(n_samples=4)),
+    "Multistep": lambda: [m.Multistep([m.BFGS(), m.StrongWolfe()], 5)],
+    "NegateOnLossIncrease": lambda: [m.BFGS(), m.NegateOnLossIncrease()],
+    "PolyakStepSize": lambda: [m.PolyakStepSize()],
+    "RDSA": lambda: estimated(m.RDSA(n_samples=8)),
+    "RandomizedFDM": lambda: estimated(m.RandomizedFDM(n_samples=5)),
+    "SAM": lambda: [m.SAM(1e-4), m.BFGS(), m.StrongWolfe()],
+    "SPSA": lambda: estimated(m.SPSA(n_samples=5)),
+    "Sequential": lambda: [m.Sequential([m.BFGS(), m.StrongWolfe()], m.LR(1e-4))],
+}
+NEED_A_RATE = {
+    **dict.fromkeys(
+        ["SophiaH", "MatrixMomentum", "AdaptiveMatrixMomentum"], "first-order steps; tested on other functions"
+    ),
+    **dict.fromkeys(["FillLoss", "MulByLoss", "DivByLoss", "WeightDropout"], "operations, no methods"),
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHER_FAMILIES)
+def test_methods_of_other_families_minimise_rosenbrock(name):
+    torch.manual_seed(0)
+    counted = Counted(_Rosenbrock(), _Rosenbrock.start)
+    optimizer = Modular([counted.x], OF_OTHER_FAMILIES[name]())
+    start = counted.loss
+    for _ in range(250):
+        if counted.loss < start * 1e-3:
+            return
+        optimizer.step(counted.closure)
+    raise AssertionError(f"the loss is {counted.loss} after 250 steps")
+
+
+def test_every_method_that_evaluates_the_loss_stands_in_a_table():
+    needy = {name for name, kind in PUBLIC.items() if kind.needs_closure and kind.__name__ == name}
+    tabled = {name for name in PUBLIC if family_of(name) in FAMILIES} | set(OF_OTHER_FAMILIES) | set(NEED_A_RATE)
+    assert needy - tabled == set()
+    assert (set(OF_OTHER_FAMILIES) | set(NEED_A_RATE)) - needy == set()
 
 
 @pytest.mark.parametrize("modules", [quasi_newton(m.BFGS), conjugate(m.PolakRibiere)])
