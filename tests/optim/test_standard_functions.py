@@ -192,7 +192,7 @@ OF_OTHER_FAMILIES = {
     "ForwardGradient": lambda: estimated(m.ForwardGradient(5)),
     "GaussianHomotopy": lambda: [m.GaussianHomotopy(20, 0.5, tol=1e-2, decay=0.3), m.BFGS(), m.StrongWolfe()],
     "GaussianSmoothing": lambda: estimated(m.GaussianSmoothing(n_samples=8)),
-    "MeZO": lambda: estimated(m.MeZO(n_samples=4)),
+    "MeZO": lambda: estimated(m.MeZO(n_samples=8, distribution="gaussian", perturb="params")),
     "Multistep": lambda: [m.Multistep([m.BFGS(), m.StrongWolfe()], 5)],
     "NegateOnLossIncrease": lambda: [m.BFGS(), m.NegateOnLossIncrease()],
     "PolyakStepSize": lambda: [m.PolyakStepSize()],
