@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from graphopt.optim import Modular, Rule, m
 from graphopt.optim.core.module import Module, walk
-from tests.optim.examples import PUBLIC, RESIDUALS, make, residuals_of
+from tests.optim.examples import ALIASES, PUBLIC, RESIDUALS, make, residuals_of
 from tests.optim.training import set_gradients
 
 PAGE = Path(__file__).parent / "catalogue.md"
@@ -34,9 +34,8 @@ One row for each module of `graphopt.optim.m`, by family; `python -m docs.catalo
 A chain is `Modular(params, m.X(), ..., m.LR(0.1))`. *u* is the update that comes in (the gradient at first), *g* the gradient, θ
 the parameter, *t* the step from 1; the result is subtracted. Costs count a parameter of n elements, or a matrix of r rows and c
 columns; *element-wise* is a pass over n elements, run in one kernel with its neighbours. State is what a float32 matrix of 8 x 4
-(and one of 32 x 16, where that differs) holds after two steps, divided by its elements; of modules that run others it includes what
-those of the example in `tests/optim/examples.py` hold. [Which one?](choosing.md)
-[What they look like](gallery.md).
+(and one of 32 x 16, where that differs) holds after two steps, divided by its elements; of modules that run others it includes
+what those of the example in `tests/optim/examples.py` hold. [Which one?](choosing.md) [What they look like](gallery.md).
 """
 _FORMULA = re.compile(r"``([^`]+)``")
 _IS_FORMULA = re.compile(r" = |[√²Σ←≤·⟨∇]")
@@ -56,7 +55,7 @@ def main() -> int:
 def make_page() -> str:
     """The whole page."""
     families: defaultdict[str, list[str]] = defaultdict(list)
-    for name, kind in PUBLIC.items():
+    for name, kind in {**PUBLIC, **ALIASES}.items():
         families[_family(kind)].append(name)
     parts = [INTRODUCTION]
     for family in sorted(families):
@@ -72,9 +71,9 @@ def _family(kind: type[Module]) -> str:
 
 
 def _cells(name: str) -> list[str]:
+    if name in ALIASES:
+        return [f"`{name}`", f"another name of `{ALIASES[name].__name__}`", "", "", ""]
     kind = PUBLIC[name]
-    if kind.__name__ != name:
-        return [f"`{name}`", f"another name of `{kind.__name__}`", "", "", ""]
     return [f"`{name}`", description(kind), cost(kind), state_bytes(name), section(kind, "Reference")]
 
 

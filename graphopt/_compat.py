@@ -146,6 +146,12 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return local
 
 
+def is_distributed(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: no DTensor can exist
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a DTensor as a tensor, gathered from all processes; any other tensor itself."""
     if local_part(tensor) is tensor:

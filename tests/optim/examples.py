@@ -7,11 +7,13 @@ import torch
 from graphopt.errors import OptionError
 from graphopt.optim import Module, m
 
-PUBLIC = {
+_ALL = {
     name: kind
     for name, kind in vars(m).items()
     if inspect.isclass(kind) and issubclass(kind, Module) and name[0] != "_"
 }
+PUBLIC = {name: kind for name, kind in _ALL.items() if kind.__name__ == name}
+ALIASES = {name: kind for name, kind in _ALL.items() if kind.__name__ != name}
 
 
 def is_matrix(p):
@@ -28,7 +30,6 @@ EXAMPLES = {
     "Clip": lambda: m.Clip(-0.5, 0.3),
     "ClipModules": lambda: m.ClipModules(m.HeavyBall(), -0.5, [m.Ones(), m.Mul(0.3)]),
     "ClipNorm": lambda: m.ClipNorm(0.5),
-    "CopyMagnitude": lambda: m.CopyMagnitude(m.HeavyBall()),
     "CopySign": lambda: m.CopySign(m.HeavyBall()),
     "CustomUnaryOperation": lambda: m.CustomUnaryOperation("tanh"),
     "DCTProjection": lambda: m.DCTProjection(m.Adam(), 2),
@@ -42,9 +43,7 @@ EXAMPLES = {
     "GaussianHomotopy": lambda: m.GaussianHomotopy(3, 0.5, tol=0.02),
     "GradientAccumulation": lambda: m.GradientAccumulation(m.Adam(), 2),
     "Graft": lambda: m.Graft(m.Adam()),
-    "GraftInputToOutput": lambda: m.GraftInputToOutput(m.Adam()),
     "GraftModules": lambda: m.GraftModules(m.HeavyBall(), m.Adam()),
-    "GraftOutputToInput": lambda: m.GraftOutputToInput(m.Adam()),
     "GraftToUpdate": lambda: m.GraftToUpdate(m.Adam()),
     "GramSchimdt": lambda: m.GramSchimdt(m.HeavyBall()),
     "HigherOrderNewton": lambda: m.HigherOrderNewton(order=2),
@@ -75,8 +74,8 @@ EXAMPLES = {
     "RCopySign": lambda: m.RCopySign(m.HeavyBall()),
     "RDiv": lambda: m.RDiv(m.HeavyBall()),
     "Rescale": lambda: m.Rescale(-0.5, 0.5),
-    "RGraft": lambda: m.RGraft(m.HeavyBall()),
     "RMSprop": lambda: m.RMSprop(centered=True, amsgrad=True, init="update", inner=m.HeavyBall()),
+    "RandomStepSize": lambda: m.RandomStepSize(seed=0),
     "RPow": lambda: m.RPow(2.0),
     "RSub": lambda: m.RSub(m.HeavyBall()),
     "ScaleModulesByCosineSimilarity": lambda: m.ScaleModulesByCosineSimilarity(m.HeavyBall(), m.Adam()),

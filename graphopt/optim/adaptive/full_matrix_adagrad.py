@@ -41,6 +41,7 @@ class FullMatrixAdagrad(VectorModule):
     2011, figure 1 (full matrix).
     """
 
+    takes_sharded = False
     bounds = numbers(beta=DECAY, decay=FRACTION)
 
     def __init__(

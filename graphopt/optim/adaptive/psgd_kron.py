@@ -75,6 +75,7 @@ class PSGDKron(Rule):
     factors in their group.
     """
 
+    takes_sharded = False
     bounds = numbers(
         momentum=DECAY,
         precond_lr=NON_NEGATIVE,

@@ -66,6 +66,7 @@ class Shampoo(Rule):
     ``update_freq``, ``merge_small`` and ``max_dim``.
     """
 
+    takes_sharded = False
     bounds = numbers(beta=DECAY, decay=FRACTION, exp_override=POSITIVE, adagrad_eps=NON_NEGATIVE)
     State = ShampooState
     elementwise = False

@@ -61,6 +61,7 @@ class SOAP(Rule):
     Reference: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", arXiv:2409.11321, 2024, algorithms 3 and 4.
     """
 
+    takes_sharded = False
     bounds = numbers(beta1=DECAY, beta2=DECAY, shampoo_beta=DECAY, eps=NON_NEGATIVE, decay=FRACTION, alpha=ANY)
     State = SOAPState
     elementwise = False

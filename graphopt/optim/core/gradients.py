@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from graphopt import _compat
 from graphopt.errors import UnsupportedError
+from graphopt.optim.core.module import Module
 
 # Gradients of together at most so many elements are looked at unasked: that takes less time than the step's own calls.
 CHECK_UP_TO = 2**19
@@ -22,6 +23,26 @@ def check_layouts(params: Sequence[Tensor], grads: Sequence[Tensor], name: Calla
                 f"{name(param)}: its gradient is sparse ({grad.layout}), which no module reads. Build the embedding "
                 "with sparse=False, or give this parameter to torch.optim.SparseAdam"
             )
+
+
+def check_sharding(modules: Sequence[Module], params: Sequence[Tensor], name: Callable[[Tensor], str]) -> None:
+    """Raise `UnsupportedError` for a parameter that is spread over processes, where a module needs all of it."""
+    sharded = next(filter(_compat.is_distributed, params), None)
+    needy = next((module for module in _that_see_all(modules) if not module.takes_sharded), None)
+    if sharded is not None and needy is not None:
+        raise UnsupportedError(
+            f"{needy.place}: {name(sharded)} is a DTensor, spread over processes, but the module works on whole tensors. "
+            "Nothing was changed. Use DistributedDataParallel instead of sharding, give such parameters to another chain with "
+            "m.Split, or take a module that runs on parts, such as m.Muon or m.Adam"
+        )
+
+
+def _that_see_all(modules: Sequence[Module]) -> Iterator[Module]:
+    """A chain and its children, without those that are given some of the parameters; these are asked when they are."""
+    for module in modules:
+        yield module
+        if not module.selects_params:
+            yield from _that_see_all(list(module.descendants()))
 
 
 def is_cheap_to_check(grads: Sequence[Tensor]) -> bool:

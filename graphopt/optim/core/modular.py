@@ -16,7 +16,7 @@ from graphopt import annotations as noted
 from graphopt.errors import ClosureError, NonFiniteError, OptionError, UnsupportedError
 from graphopt.optim.base_optimizer import is_count
 from graphopt.optim.core.flat.segment import FlatSegment, Mode, apply_updates
-from graphopt.optim.core.gradients import check_layouts, find_nonfinite, is_cheap_to_check
+from graphopt.optim.core.gradients import check_layouts, check_sharding, find_nonfinite, is_cheap_to_check
 from graphopt.optim.core.memo import Memo
 from graphopt.optim.core.module import Module, Rule, as_chain, walk
 from graphopt.optim.core.naming import bind, check_group, check_names, check_order, name_modules
@@ -349,6 +349,7 @@ class Modular(torch.optim.Optimizer):
         # What follows does not change from step to step; where modules evaluate a closure steps are counted before gradients.
         if var.check is not None or not self._lane.counts.knows(var.params):
             check_layouts(var.params, grads, self.param_table.describe)
+            check_sharding(self.modules, var.params, self.param_table.describe)
             self._is_cheap_to_check = is_cheap_to_check(grads) and not self._is_differentiable
         check_notes(self.modules, var, range(len(var.params)), self.param_table.describe)
         if not (self._is_cheap_to_check if self.error_if_nonfinite is None else self.error_if_nonfinite):

@@ -35,6 +35,8 @@ class Module:
         reads: the annotations that it needs.
         needs_closure: whether it evaluates the closure.
         has_own_tensors: whether its children see other tensors than the parameters, so that their state is of other shapes.
+        takes_sharded: whether parameters may be DTensors; not so where it keeps tensors of other shapes than theirs.
+        selects_params: whether its children may see some of the parameters only.
         treats_each_alone: whether what it does to a parameter depends on that parameter alone, apart from what its children do.
             Rules say so by themselves.
         replaces_update: whether it ignores what the modules before it made of the gradient, so that these would be in vain.
@@ -46,6 +48,8 @@ class Module:
     has_own_tensors: ClassVar[bool] = False
     replaces_update: ClassVar[bool] = False
     treats_each_alone: ClassVar[bool] = False
+    takes_sharded: ClassVar[bool] = True
+    selects_params: ClassVar[bool] = False
     is_learning_rate: ClassVar[bool] = False  # the last such module of a chain owns the option ``lr`` of a group
 
     def __init__(self, defaults: Mapping[str, Any] | None = None, **children: Any) -> None:

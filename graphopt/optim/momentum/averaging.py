@@ -23,6 +23,7 @@ class HistoryState(NamedTuple):
 class _History(Rule):
     """Keeps the last updates. All are summed up anew in every step: a running sum would drift."""
 
+    takes_sharded = False
     State = HistoryState
     elementwise = False  # the history has one axis more
 

@@ -45,6 +45,7 @@ class Previous(Rule):
     Cost: the state is ``n`` updates, all of which are read in each step.
     """
 
+    takes_sharded = False
     State = HistoryState
     elementwise = False  # the history has one axis more
 

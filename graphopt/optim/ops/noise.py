@@ -24,6 +24,8 @@ _NAMES = {"normal": "gaussian"}
 class _Random(Module):
     """Draws from torch's global generator, or from one of its own in each step, which a run that is resumed draws from again."""
 
+    takes_sharded = False
+
     def generators(self, var: Var) -> dict[torch.device, torch.Generator | None]:
         """One for each device."""
         seed = common(self, var.params, "seed")

@@ -43,6 +43,8 @@ class DCTProjection(Projection):
     Reference: Makhoul, "A fast cosine transform in one and two dimensions", IEEE Trans. ASSP 28 (1), 1980, section II.
     """
 
+    takes_sharded = False
+
     def __init__(
         self,
         modules: Any,

@@ -61,6 +61,7 @@ class QuasiNewtonH(VectorModule):
         True
     """
 
+    takes_sharded = False
     bounds = numbers(tol=NON_NEGATIVE, beta=DECAY)
 
     def __init__(

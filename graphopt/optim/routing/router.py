@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graphopt.errors import OptionError
 from graphopt.optim.core.flat.segment import FlatSegment, Mode
+from graphopt.optim.core.gradients import check_sharding
 from graphopt.optim.core.module import Module, Rule, updates_for
 from graphopt.optim.core.var import Var
 
@@ -90,6 +91,7 @@ class Router(Module):
         **chains: by name the chains.
     """
 
+    selects_params = True
     counts_apart = False  # whether each chain counts only the steps that it makes
 
     def __init__(self, defaults: Mapping[str, Any] | None = None, **chains: Any) -> None:
@@ -127,6 +129,7 @@ class Router(Module):
             The update of each.
         """
         params = list(part.params)
+        check_sharding(self.children[name], params, lambda param: f"a parameter of shape {tuple(param.shape)}")
         if self.counts_apart:
             part.counts = self.count(part, f"{name}_step")
         result = part

@@ -33,6 +33,7 @@ class LaplacianSmoothing(Rule):
     Reference: Osher et al., "Laplacian Smoothing Gradient Descent", arXiv:1806.06317, 2018.
     """
 
+    takes_sharded = False
     elementwise = False
     bounds = numbers(sigma=NON_NEGATIVE)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from graphopt.errors import NonFiniteError
-from graphopt.optim import Modular, QuasiNewtonH, m
+from graphopt.errors import NonFiniteError, UnsupportedError
+from graphopt.optim import Modular, m
 from tests.optim.core.test_every_module import build
 from tests.optim.examples import NAMES, PUBLIC
 from tests.optim.training import largest_difference, make_params, set_gradients, train
@@ -104,18 +104,18 @@ def _train_fully_sharded(rank, name):
     return largest_difference(plain.parameters(), [p.full_tensor() for p in resumed.parameters()])
 
 
-# Modules that keep a tensor of another shape than the parameter's, of which every process would need a part.
-NOT_SPREAD = {"Averaging", "MedianAveraging", "WeightedAveraging"}
-NOT_SPREAD |= {name for name in NAMES if issubclass(PUBLIC[name], QuasiNewtonH)}
 TOLERANCE = {"Muon": 0.05, "Orthogonalize": 0.05}  # their products are in bfloat16, and add up in another order
 
 
 def test_every_module(ranks):
     """Those without a closure or a statistic; in one call, since tensors are small and modules many."""
-    names = [name for name in NAMES if name not in NOT_SPREAD]
-    (found, others) = ranks(_differences, names)
+    (found, others) = ranks(_differences, NAMES)
     assert found == others
-    assert {name: value for name, value in found.items() if not value < TOLERANCE.get(name, 1e-12)} == {}
+    refused = {name for name, value in found.items() if value is None}
+    assert {"SOAP", "Shampoo", "BFGS"} <= refused <= {name for name in NAMES if not PUBLIC[name].takes_sharded}
+    assert {
+        name: value for name, value in found.items() if value is not None and not value < TOLERANCE.get(name, 1e-12)
+    } == {}
     assert len(found) > 80
 
 
@@ -135,8 +135,15 @@ def _differences(rank, names):
             set_gradients(whole, seed)
             for p, q in zip(whole, sharded, strict=True):
                 q.grad = distribute_tensor(p.grad.clone(), mesh, [Shard(0)])
-            for optimizer in optimizers:
-                optimizer.step()
+            optimizers[0].step()
+            if PUBLIC[name].takes_sharded:
+                optimizers[1].step()
+                continue
+            with pytest.raises(UnsupportedError, match=f"{name}: .* is a DTensor, spread over processes"):
+                optimizers[1].step()
+        if not PUBLIC[name].takes_sharded:
+            found[name] = None
+            continue
         gathered = [q.full_tensor().nan_to_num() for q in sharded]
         found[name] = largest_difference([p.nan_to_num() for p in whole], gathered)
     return found
