@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,32 @@ class Selection:
         return getattr(self._filter, "__name__", type(self._filter).__name__)
 
 
+class _SharedCounts(NamedTuple):
+    """Counts in the state of parameters: one tensor for all that are equal.
+
+    Attributes:
+        params: the parameters.
+        entries: the dictionary of each.
+        keys: the name of the count there.
+        counts: the count of each.
+        distinct: all of them, each once.
+    """
+
+    params: list[Tensor]
+    entries: list[dict[str, Any]]
+    keys: list[str]
+    counts: list[Tensor]
+    distinct: list[Tensor]
+
+    def are_those_of(self, params: Sequence[Tensor]) -> bool:
+        """Whether the parameters are these, and still have these counts."""
+        return (
+            len(params) == len(self.params)
+            and all(map(operator.is_, params, self.params))
+            and all(map(operator.is_, map(dict.get, self.entries, self.keys), self.counts))
+        )
+
+
 class Router(Module):
     """A module that gives some parameters to one chain, and others to another.
 
@@ -98,7 +125,7 @@ class Router(Module):
         super().__init__(defaults, **chains)
         # By the name of the chain, and the parameter if it steps alone.
         self._segments: dict[tuple[str, Tensor | None], list[FlatSegment | Module]] = {}
-        self._counts: dict[tuple[str, Tensor | None], list[Tensor]] = {}
+        self._counts: dict[tuple[str, Tensor | None], _SharedCounts] = {}
 
     def route(self, var: Var) -> Sequence[str | None]:
         """For each parameter the name of its chain; ``None`` if its update passes unchanged."""
@@ -141,22 +168,31 @@ class Router(Module):
 
     def count(self, var: Var, name: str) -> list[Tensor]:
         """Count a step for each parameter, in its state under ``name``; equal counts are one tensor, as in the optimizer."""
-        assert var.counts is not None
-        states = [self.state[param] for param in var.params]
         key = (name, var.params[0] if len(var.params) == 1 else None)
-        known = self._counts.get(key, [])
-        if len(known) != len(states) or any(s.get(name) is not k for s, k in zip(states, known, strict=True)):
-            shared: dict[tuple[float, torch.device], Tensor] = {}
-            for state, like in zip(states, var.counts, strict=True):
-                value = float(state[name]) if name in state else 0.0
-                place = (value, like.device)
-                if place not in shared:
-                    shared[place] = torch.full_like(like, value)
-                state[name] = shared[place]
-            known = self._counts[key] = [state[name] for state in states]
-        for count in {id(count): count for count in known}.values():
+        shared = self._counts.get(key)
+        if shared is None or not shared.are_those_of(var.params):
+            shared = self._counts[key] = self._share_counts(var, name)
+        for count in shared.distinct:
             count.add_(1)
-        return list(known)
+        return list(shared.counts)
+
+    def _share_counts(self, var: Var, name: str) -> _SharedCounts:
+        assert var.counts is not None
+        binding = self._bound
+        entries, keys, counts = [], [], []
+        known: dict[tuple[float, torch.device], Tensor] = {}
+        for param, like in zip(var.params, var.counts, strict=True):
+            entry, prefix = binding.store.entry(param)
+            key = f"{prefix}{binding.path}.{name}"
+            value = float(entry[key]) if key in entry else 0.0
+            place = (value, like.device)
+            if place not in known:
+                known[place] = torch.full_like(like, value)
+            entry[key] = known[place]
+            entries.append(entry)
+            keys.append(key)
+            counts.append(known[place])
+        return _SharedCounts(list(var.params), entries, keys, counts, list(known.values()))
 
     def forget(self) -> None:
         """Drop what was planned for tensors that have been replaced."""
