@@ -106,7 +106,10 @@ class Muon(Rule):
             )
         buffer = average(state.momentum_buffer, update, settings.momentum)
         direction = mix(update, buffer, settings.momentum) if settings.nesterov else buffer
-        new = orthogonalize(direction, settings) * ratio(update, settings.adjust_lr_fn)
+        new = orthogonalize(direction, settings)
+        factor = ratio(update, settings.adjust_lr_fn)
+        if factor != 1:
+            new = new.mul_(factor)  # nobody else has it yet
         if settings.dual_norm_correction:
             new = new * dot(direction, new)
         return new, MuonState(buffer)
