@@ -59,9 +59,22 @@ class Axes(NamedTuple):
         size = sum(length * length for length in self.lengths)
         return torch.zeros(size, dtype=state_dtype(param), device=param.device)
 
-    def grams(self, tensor: Tensor) -> Tensor:
-        """For each axis the products of its slices with each other, summed over all other axes; in a vector."""
-        return self.pack([gram(tensor, axis) for axis in self.kept])
+    def accumulate(self, old: Tensor, tensor: Tensor, beta: Number | None, decay: Number | None) -> Tensor:
+        """For each axis add the products of its slices with each other, summed over all other axes; in a vector.
+
+        Args:
+            old: what there is.
+            tensor: whose slices are multiplied.
+            beta: see `accumulate`.
+            decay: likewise.
+        """
+        olds = self.unpack(old)
+        return self.pack(
+            [
+                _add_gram(matrix, _slices(tensor, axis), beta, decay)
+                for axis, matrix in zip(self.kept, olds, strict=True)
+            ]
+        )
 
     def multiply(self, tensor: Tensor, matrices: Sequence[Tensor], transposed: bool = False) -> Tensor:
         """Multiply each axis by its matrix M, ``M t`` if the axis is the first, or by ``Mᵀ``."""
@@ -120,12 +133,24 @@ def accumulate(old: Tensor, new: Tensor, beta: Number | None, decay: Number | No
 
 def gram(tensor: Tensor, axis: int) -> Tensor:
     """The products of the slices of an axis with each other, summed over all other axes."""
+    rows = _slices(tensor, axis)
+    return rows @ rows.mT
+
+
+def _slices(tensor: Tensor, axis: int) -> Tensor:
+    """The slices of an axis as the rows of a matrix."""
     length = tensor.shape[axis]
     if axis == tensor.dim() - 1:
-        rows = tensor.reshape(-1, length)
-        return rows.mT @ rows
-    columns = (tensor if axis == 0 else tensor.movedim(axis, 0)).reshape(length, -1)
-    return columns @ columns.mT
+        return tensor.reshape(-1, length).mT
+    return (tensor if axis == 0 else tensor.movedim(axis, 0)).reshape(length, -1)
+
+
+def _add_gram(old: Tensor, rows: Tensor, beta: Number | None, decay: Number | None) -> Tensor:
+    """`accumulate` with the products of rows; numbers are given to the product, which then adds in the same pass."""
+    if isinstance(beta, Tensor) or isinstance(decay, Tensor):
+        return accumulate(old, rows @ rows.mT, beta, decay)
+    kept = (1.0 if decay is None else decay) * (1.0 if beta is None else beta)
+    return torch.addmm(old, rows, rows.mT, beta=kept, alpha=1.0 if beta is None else 1 - beta)
 
 
 def multiply_axis(tensor: Tensor, matrix: Tensor, axis: int) -> Tensor:

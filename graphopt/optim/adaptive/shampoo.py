@@ -118,8 +118,7 @@ class Shampoo(Rule):
         if not axes.kept:
             total = accumulate(state.covariances, update * update, settings.beta, settings.decay)
             return operand / (total.sqrt() + settings.adagrad_eps), ShampooState(total, state.roots)
-        products = axes.grams(update.reshape(axes.shape))
-        covariances = accumulate(state.covariances, products, settings.beta, settings.decay)
+        covariances = axes.accumulate(state.covariances, update.reshape(axes.shape), settings.beta, settings.decay)
         exponent = inverse_exponent(settings, len(axes.kept))
         roots = when(
             is_due(context.count, settings.update_freq),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from graphopt.optim.adaptive.kronecker import Axes, accumulate, axes_of, check_axes, eigh, multiply_axis
+from graphopt.optim.adaptive.kronecker import Axes, axes_of, check_axes, eigh, multiply_axis
 from graphopt.optim.core.arithmetic import average, debias, larger, root, state_dtype, when
 from graphopt.optim.core.bounds import ANY, DECAY, FRACTION, NON_NEGATIVE, numbers
 from graphopt.optim.core.context import Context, Number, Settings
@@ -117,7 +117,7 @@ class SOAP(Rule):
         if not axes.kept:
             direction, exp_avg, exp_avg_sq = _adam(tensor, state, settings, context.count)
             return direction.reshape(update.shape), state._replace(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-        covariances = accumulate(state.covariances, axes.grams(tensor), settings.shampoo_beta, settings.decay)
+        covariances = axes.accumulate(state.covariances, tensor, settings.shampoo_beta, settings.decay)
 
         def begin() -> tuple[Tensor, Tensor, Tensor, Tensor]:
             bases = [eigh(matrix.detach())[1].flip(-1) for matrix in axes.unpack(covariances)]
