@@ -46,10 +46,7 @@ class VectorModule(Module):
 
     def step(self, var: Var) -> Var:
         """Make the step, vector by vector."""
-        if var.update is None and not var.maximize and not self.children:
-            updates = var.get_grad()  # which a vector is a copy of anyway
-        else:
-            updates = var.get_update()
+        updates = var.read_update()
         if not updates:
             return var
         inner = updates

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from graphopt.errors import OptionError, UnsupportedError
+from graphopt.errors import OptionError
 from graphopt.optim.core.bounds import POSITIVE, numbers
 from graphopt.optim.core.closures import common
 from graphopt.optim.core.context import Number
+from graphopt.optim.core.libraries import library
 from graphopt.optim.core.var import Var
 from graphopt.optim.line_search.line_search import LineSearch
 
@@ -55,7 +55,7 @@ class ScipyMinimizeScalar(LineSearch):
         super().__init__(
             {"method": method, "bracket": bracket, "interval": bounds, "tol": tol, "options": options}, maxiter=maxiter
         )
-        self._minimize = _import(type(self).__name__)
+        self._minimize = library("scipy.optimize", type(self).__name__).minimize_scalar
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """What SciPy would say in the middle of a step."""
@@ -110,12 +110,3 @@ def _are_numbers(values: Any, lengths: tuple[int, ...]) -> bool:
         and len(values) in lengths
         and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
     )
-
-
-def _import(place: str) -> Callable[..., Any]:
-    try:
-        return importlib.import_module("scipy.optimize").minimize_scalar  # type: ignore[no-any-return]
-    except ImportError as error:
-        raise UnsupportedError(
-            f"{place} needs scipy, which is not installed ({error}). Type: pip install graphopt[wrappers]"
-        ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -10,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from graphopt.errors import NonFiniteError, OptionError, UnsupportedError
+from graphopt.errors import NonFiniteError, OptionError
 from graphopt.optim.core.bounds import AT_LEAST_ONE, POSITIVE, Bounds, numbers
 from graphopt.optim.core.closures import common, number
 from graphopt.optim.core.context import Number
+from graphopt.optim.core.libraries import library
 from graphopt.optim.core.module import Module
 from graphopt.optim.core.var import Var
 from graphopt.optim.core.vectors import flatten, unflatten
@@ -102,7 +102,7 @@ class HigherOrderNewton(Module):
                 "maxiter": maxiter,
             }
         )
-        _scipy_optimize(self.place)
+        library("scipy.optimize", self.place)
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Names and counts."""
@@ -187,7 +187,7 @@ class HigherOrderNewton(Module):
     def _minimize(
         self, polynomial: Polynomial, box: float | None, prox: float, de_iters: int | None, params: Sequence[Tensor]
     ) -> list[Tensor]:
-        optimize, size = _scipy_optimize(self.place), polynomial.size
+        optimize, size = library("scipy.optimize", self.place), polynomial.size
         start = torch.zeros(size, dtype=torch.float64).numpy()
 
         def value(step: Any) -> Any:
@@ -268,12 +268,3 @@ class Polynomial:
     def hessian(self, step: Any) -> Any:
         """Shape (n, n)."""
         return self._partly(step, 2) if self.order > 1 else 0.0 * self.derivatives[0][:, None] * step
-
-
-def _scipy_optimize(place: str) -> Any:
-    try:
-        return importlib.import_module("scipy.optimize")
-    except ImportError as error:
-        raise UnsupportedError(
-            f"{place} needs scipy, which is not installed ({error}). Type: pip install graphopt[wrappers]"
-        ) from error

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from graphopt.errors import ClosureError, GraphoptError, NonFiniteError, OptionError, UnsupportedError
 from graphopt.optim.core.closures import RIGHT_CLOSURE, number
+from graphopt.optim.core.libraries import library
 from graphopt.optim.core.var import Closure, Var
 from graphopt.optim.second_order.derivatives import gradients_with_graph, jacobian
 
@@ -284,21 +283,6 @@ class Problem:
         self._loss = math.inf if math.isnan(value) else value
         if self._loss < self.best[1] and self._present is not None:
             self.best = self._present, self._loss
-
-
-def library(name: str, place: str) -> ModuleType:
-    """Import a library that only wrappers need.
-
-    Raises:
-        UnsupportedError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise UnsupportedError(
-            f"{place} needs {package}, which is not installed ({error}). Type: pip install graphopt[wrappers]"
-        ) from error
 
 
 def numpy_seed(seed: int | None) -> int:

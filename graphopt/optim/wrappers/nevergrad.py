@@ -10,8 +10,9 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from graphopt.errors import OptionError
+from graphopt.optim.core.libraries import library
 from graphopt.optim.wrappers.ask_tell import AskTell, AskTellOptimizer
-from graphopt.optim.wrappers.external import Bound, Problem, Vector, library
+from graphopt.optim.wrappers.external import Bound, Problem, Vector
 
 
 class NevergradOptimizer(AskTellOptimizer):

@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from graphopt.errors import OptionError
-from graphopt.optim.wrappers.external import Bound, ExternalOptimizer, Problem, Vector, library, numpy_seed
+from graphopt.optim.core.libraries import library
+from graphopt.optim.wrappers.external import Bound, ExternalOptimizer, Problem, Vector, numpy_seed
 
 
 class NLOptOptimizer(ExternalOptimizer):

@@ -11,13 +11,13 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from graphopt.errors import NonFiniteError, OptionError
+from graphopt.optim.core.libraries import library
 from graphopt.optim.wrappers.external import (
     Bound,
     ExternalOptimizer,
     Problem,
     Vector,
     check_choice,
-    library,
     numpy_seed,
 )
 
