@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.errors import OptionError
+from graphopt.errors import OptionError, UnsupportedError
 from graphopt.optim.core.bounds import DECAY, NON_NEGATIVE, Bounds, is_number, numbers
 from graphopt.optim.core.context import Number, Settings
 from graphopt.optim.core.renamed import renamed
@@ -188,11 +188,22 @@ class QuasiNewtonH(VectorModule):
             direction = shorten_first(direction)
         return direction
 
+    def _identity(self, update: Tensor) -> Tensor:
+        num = update.numel()
+        try:
+            return torch.eye(num, dtype=update.dtype, device=update.device)
+        except RuntimeError as error:  # both of the CPU and of a GPU
+            raise UnsupportedError(
+                f"{self.place}: a matrix of {num:,} x {num:,} elements ({num * num * update.element_size() / 1e9:,.0f} GB) does "
+                "not fit in memory. Use m.LBFGS, which keeps some vectors, or concat_params=False or m.BlockPartition for "
+                "smaller matrices"
+            ) from error
+
     def _start(
         self, name: str, update: Tensor, inner: Tensor, param: Tensor, state: StateView, settings: Settings
     ) -> Tensor:
         scale = 1.0 if settings.init_scale == "auto" else float(settings.init_scale)
-        identity = torch.eye(update.numel(), dtype=update.dtype, device=update.device)
+        identity = self._identity(update)
         state["num_elements"] = update.numel()
         state[name] = identity / scale if self._keeps_b else identity * scale
         state["prev_param"], state["prev_grad"], state["num_since_reset"] = param, update, 0

@@ -112,7 +112,7 @@ class AskTellOptimizer(ExternalOptimizer):
         self._clear()
         self.state.clear()
 
-    def step(self, closure: Closure) -> float:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
         """Ask, evaluate, tell.
 
         Args:

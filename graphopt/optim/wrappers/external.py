@@ -83,7 +83,7 @@ class ExternalOptimizer(Optimizer):
         """The optimizer for an error."""
         return type(self).__name__
 
-    def step(self, closure: Closure) -> float:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
         """Let the library work.
 
         Args:

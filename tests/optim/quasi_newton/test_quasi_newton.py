@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from graphopt.errors import OptionError
+from graphopt.errors import OptionError, UnsupportedError
 from graphopt.optim import Modular, Module, QuasiNewtonH, m
 from graphopt.optim.core.transform import Step, apply_updates, chain
 from tests.optim.catalogue import accepts
@@ -393,3 +393,13 @@ def test_averages_of_lbfgs():
         z_avg = z if z_avg is None else 0.5 * z_avg + 0.5 * z
         optimizer.step()
         torch.testing.assert_close((p - problem.vector) / 0.01, z_avg, rtol=1e-8, atol=1e-8)
+
+
+def test_a_matrix_that_does_not_fit_in_memory():
+    p = torch.nn.Parameter(torch.zeros(2_000_000))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(
+        UnsupportedError, match=r"BFGS: a matrix of 2,000,000 x 2,000,000 elements \(16,000 GB\).*m\.LBFGS"
+    ):
+        Modular([p], m.BFGS(), m.LR(0.1)).step()
+    assert not p.any()

@@ -306,7 +306,7 @@ REFUSED = {
     "nothing to do": (steps(ScipyMinimize, [torch.ones(2)]), OptionError, "no parameter requires gradients"),
     "complex": (steps(ScipyMinimize, param(1j)), UnsupportedError, "make torch.view_as_real"),
     "no closure": (
-        lambda: ScipyMinimize(param()).step(None),
+        lambda: ScipyMinimize(param()).step(),
         ClosureError,
         r"write optimizer.step\(closure\) with\ndef",
     ),
