@@ -319,6 +319,8 @@ def step_needs_closure(optimizer: Optimizer) -> bool:
 
     if isinstance(optimizer, Modular):
         return any(module.needs_closure for module in walk(optimizer.modules))
+    if getattr(optimizer, "needs_closure", False):  # those of graphopt.optim.wrappers
+        return True
     try:
         closure = inspect.signature(optimizer.step).parameters.get("closure")
     except ValueError:  # no signature

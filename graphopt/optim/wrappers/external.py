@@ -49,6 +49,7 @@ class ExternalOptimizer(Optimizer):
         result: what the library returned at the last step.
     """
 
+    needs_closure = True
     is_global = False  # whether it does without a finite loss at the start
 
     def __init__(self, params: ParamsT | nn.Module, lb: Bound = None, ub: Bound = None, **options: Any) -> None:
