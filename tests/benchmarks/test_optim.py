@@ -167,7 +167,7 @@ def test_a_start_is_timed_from_the_ready_optimizer():
 
 
 @pytest.mark.slow
-def test_compilations_are_counted(tmp_path):
+def test_compilations_are_counted():
     code = """if True:
         from benchmarks import optim
         import torch
@@ -178,7 +178,8 @@ def test_compilations_are_counted(tmp_path):
             function(torch.ones(size))
         print(len(compiled))
     """
-    variables = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    # What is compiled is not looked up; what Inductor knows of the C++ compiler is, for it takes long to find out.
+    variables = {**os.environ, "TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables, check=True)
     assert int(done.stdout) == 2

@@ -19,7 +19,7 @@ from tests.oracle import loop_over_samples
 from tests.passes.truegrad.checks import assert_statistics, train_step
 from tests.random_models import LAYERS, layers
 
-NUM = int(os.environ.get("GRAPHOPT_RANDOM_MODELS", "40"))
+NUM = int(os.environ.get("GRAPHOPT_RANDOM_MODELS", "30"))
 OPTIONS = settings(
     max_examples=NUM, deadline=None, derandomize=NUM < 100, suppress_health_check=list(HealthCheck), print_blob=True
 )
