@@ -107,8 +107,7 @@ class Batches:
 
     def _plan(self, var: Var, updates: Sequence[Tensor]) -> None:
         assert var.counts is not None
-        self._planned_for, self._counts = list(var.params), list(var.counts)
-        self._batches, self._alone = [], []
+        self._planned_for, self._batches, self._alone = [], [], []
         known: dict[Any, Settings] = {}
         classes: list[Settings] = []  # of settings that are equal
         groups: defaultdict[Any, list[int]] = defaultdict(list)
@@ -135,6 +134,10 @@ class Batches:
             else:
                 self._batches.append(batch)
         self._alone.sort()
+        self._planned_for, self._counts = (
+            list(var.params),
+            list(var.counts),
+        )  # not before: an error would leave half a plan
 
     def _gather(self, indices: list[int], var: Var) -> _Batch | None:
         """Move the state of tensors into buffers; ``None`` if it is not alike."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -31,6 +32,7 @@ class Memo:
 
     def __init__(self) -> None:
         self._points: list[_Point] = []
+        self._params: list[Tensor] = []  # whose points these are
 
     def remember(self, closure: Callable[..., Any], params: Sequence[Tensor]) -> Callable[..., Any]:
         """The closure, asked only where it has not been asked before.
@@ -39,6 +41,8 @@ class Memo:
             closure: computes the loss, a function of ``params`` and of nothing else that changes.
             params: the parameters.
         """
+        if len(params) != len(self._params) or not all(map(operator.is_, params, self._params)):
+            self._points, self._params = [], list(params)
 
         @functools.wraps(closure)  # (its signature, too, which errors look at)
         def remembering(backward: bool = True) -> Any:
@@ -83,10 +87,8 @@ def _copied(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _give(params: Sequence[Tensor], indices: Sequence[int], grads: Sequence[Tensor]) -> None:
     """Give parameters copies of gradients, and none to the others."""
     owners = [params[index] for index in indices]
-    if len(grads) == len(owners):
-        parts = [grad.clone() for grad in grads]
-    else:
-        parts = unflatten(grads[0], owners)
+    is_vector = bool(owners) and are_plain(owners) and len(grads) == 1
+    parts = unflatten(grads[0], owners) if is_vector else [grad.clone() for grad in grads]
     for param in params:
         param.grad = None
     for owner, part in zip(owners, parts, strict=True):

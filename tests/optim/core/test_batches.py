@@ -177,3 +177,24 @@ def test_chains(name):
         train(params, optimizer, range(3))
         results.append(params)
     assert_equal(*results, 1e-9)
+
+
+def test_an_error_while_planning_leaves_no_half_plan():
+    params, optimizer = make(True, [Gram(inner=m.Identity())])
+    init = Gram.init
+
+    def fails(self, param, settings):
+        if param.shape == (2, 3):
+            raise RuntimeError("no memory")
+        return init(self, param, settings)
+
+    set_gradients(params, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Gram, "init", fails)
+        with pytest.raises(RuntimeError, match="no memory"):
+            optimizer.step()
+    expected, other = make(True, [Gram(inner=m.Identity())])
+    for each, steps in ((params, optimizer), (expected, other)):
+        set_gradients(each, 0)
+        steps.step()
+    assert_equal(params, expected)

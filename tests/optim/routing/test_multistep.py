@@ -6,6 +6,7 @@ from torch import nn
 
 from graphopt.errors import ClosureError, NonFiniteError, OptionError
 from graphopt.optim import Modular, m
+from graphopt.optim.core.memo import Memo
 from tests.optim.catalogue import accepts
 
 
@@ -88,6 +89,35 @@ def test_no_point_is_evaluated_twice(name):
     assert len(set(zip(problem.points, problem.calls, strict=True))) == len(problem.calls)
     inside, _ = run(m.Multistep(STEPPERS[name](), 6))
     assert len(inside.calls) == len(problem.calls)
+
+
+@pytest.mark.parametrize("shapes", [[(2, 3)], [(2, 3), ()], [(2, 2), (0, 2), (3,)]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_are_remembered_in_their_shapes(shapes, dtype):
+    params = [nn.Parameter(torch.randn(shape, dtype=torch.float64).to(dtype)) for shape in shapes]
+    memo, calls = Memo(), []
+
+    def closure(backward=True):
+        calls.append(backward)
+        loss = sum((p.double() ** 3).sum() for p in params)
+        if backward:
+            for p in params:
+                p.grad = None
+            loss.backward()
+        return loss
+
+    remembering = memo.remember(closure, params)
+    remembering()
+    expected = [p.grad.clone() for p in params]
+    for p in params:
+        p.grad.zero_()
+    remembering()
+    assert len(calls) == 1
+    for p, grad in zip(params, expected, strict=True):
+        assert p.grad.dtype == dtype
+        assert torch.equal(p.grad, grad)
+    memo.remember(closure, [nn.Parameter(p.detach().clone()) for p in params])()
+    assert len(calls) == 2  # of other parameters nothing is known
 
 
 def test_parameters_that_something_else_has_moved_are_evaluated_anew():
