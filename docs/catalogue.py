@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphopt.optim import Modular, Rule, m
+from graphopt.optim import Modular, Rule
 from graphopt.optim.core.module import Module, walk
-from tests.optim.examples import ALIASES, PUBLIC, RESIDUALS, make, residuals_of
+from tests.optim.examples import ALIASES, PUBLIC, RESIDUALS, make, residuals_of, with_rate
 from tests.optim.training import set_gradients
 
 PAGE = Path(__file__).parent / "catalogue.md"
@@ -114,7 +114,7 @@ def _measured(name: str, size: Sequence[int]) -> float:
     torch.manual_seed(0)
     param = nn.Parameter(torch.randn(*size))
     modules = make(name)
-    optimizer = Modular([param], *modules, m.LR(1e-3))
+    optimizer = Modular([param], with_rate(modules, 1e-3))
 
     def closure(backward: bool = True) -> Tensor:
         loss = (param**4).sum() + (param * torch.linspace(0.5, 2, param.numel()).reshape(param.shape)).square().sum()

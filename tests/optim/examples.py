@@ -125,3 +125,8 @@ def make(name):
 def residuals_of(params):
     """For the closures of `RESIDUALS`; not linear."""
     return torch.cat([((p - 0.3) * (1.0 + i) + torch.sin(p)).reshape(-1) for i, p in enumerate(params)])
+
+
+def with_rate(modules, rate):
+    """A chain that ends with a learning rate: one of its own, or `LR`."""
+    return modules if modules[-1].must_be_last else [*modules, m.LR(rate)]

@@ -10,10 +10,20 @@ from torch import nn
 from graphopt import annotations
 from graphopt.annotations import NUM_SAMPLES, SUM_GRAD_SQUARED
 from graphopt.errors import OptionError
-from graphopt.optim import Modular, Rule, m
+from graphopt.optim import Modular, Rule
 from graphopt.optim.core.module import walk
 from graphopt.optim.core.transform import Step, apply_updates, chain
-from tests.optim.examples import EXAMPLES, MATRICES_ONLY, NAMES, PUBLIC, RESIDUALS, WITHOUT_EXAMPLE, make, residuals_of
+from tests.optim.examples import (
+    EXAMPLES,
+    MATRICES_ONLY,
+    NAMES,
+    PUBLIC,
+    RESIDUALS,
+    WITHOUT_EXAMPLE,
+    make,
+    residuals_of,
+    with_rate,
+)
 from tests.optim.training import set_gradients
 
 NUM_STEPS = 3
@@ -50,7 +60,7 @@ def run(name, params, **options):
     """Steps of a chain in an optimizer."""
     torch.manual_seed(0)
     modules = make(name)
-    optimizer = Modular(params, modules, m.LR(0.01), **options)
+    optimizer = Modular(params, with_rate(modules, 0.01), **options)
 
     def closure(backward=True):
         loss = residuals_of(params) if name in RESIDUALS else loss_of(params)
@@ -69,7 +79,7 @@ def run_functional(name, params):
     """The same steps by pure functions."""
     torch.manual_seed(0)
     modules = make(name)
-    transform = chain(modules, m.LR(0.01))
+    transform = chain(with_rate(modules, 0.01))
     params = [p.detach() for p in params]
     state = transform.init(params)
     loss_fn = residuals_of if name in RESIDUALS else loss_of
@@ -143,7 +153,7 @@ def is_pure(modules):
 
 
 def train_functional(modules, params, grads, is_ensemble=False):
-    transform = chain(modules, m.LR(0.01))
+    transform = chain(with_rate(modules, 0.01))
     over = torch.vmap if is_ensemble else lambda function: function
     state = over(transform.init)(params)
     for step in grads:

@@ -44,6 +44,7 @@ class ASGD(Rule):
     bounds = numbers(lr=NON_NEGATIVE, lambd=NON_NEGATIVE, alpha=NON_NEGATIVE, t0=NON_NEGATIVE)
     State = ASGDState
     is_learning_rate = True
+    must_be_last = True
 
     def __init__(self, lr: Number = 1e-2, lambd: Number = 1e-4, *, alpha: Number = 0.75, t0: Number = 1e6) -> None:
         super().__init__({"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0})

@@ -78,6 +78,7 @@ class Prodigy(Rule):
     )
     State = ProdigyState
     is_learning_rate = True
+    must_be_last = True
 
     def __init__(
         self,

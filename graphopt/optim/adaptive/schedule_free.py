@@ -82,6 +82,7 @@ class ScheduleFree(Rule):
     bounds = numbers(lr=NON_NEGATIVE, momentum=FRACTION, r=NON_NEGATIVE, weight_lr_power=NON_NEGATIVE)
     State = ScheduleFreeState
     is_learning_rate = True
+    must_be_last = True
 
     def __init__(
         self, lr: Number = 1e-2, momentum: Number = 0.9, *, r: Number = 0.0, weight_lr_power: Number = 2.0

@@ -36,6 +36,7 @@ class Module:
         needs_closure: whether it evaluates the closure.
         has_own_tensors: whether its children see other tensors than the parameters, so that their state is of other shapes.
         takes_sharded: whether parameters may be DTensors; not so where it keeps tensors of other shapes than theirs.
+        must_be_last: whether it reckons with the parameters moving by what it returns, so that nothing may follow it.
         selects_params: whether its children may see some of the parameters only.
         treats_each_alone: whether what it does to a parameter depends on that parameter alone, apart from what its children do.
             Rules say so by themselves.
@@ -50,6 +51,7 @@ class Module:
     treats_each_alone: ClassVar[bool] = False
     takes_sharded: ClassVar[bool] = True
     selects_params: ClassVar[bool] = False
+    must_be_last: ClassVar[bool] = False
     is_learning_rate: ClassVar[bool] = False  # the last such module of a chain owns the option ``lr`` of a group
 
     def __init__(self, defaults: Mapping[str, Any] | None = None, **children: Any) -> None:

@@ -85,9 +85,14 @@ def bind(
 
 
 def check_order(modules: Sequence[Module]) -> None:
-    """Raise `OptionError` if a module undoes what those before it have done."""
+    """Raise `OptionError` if a module undoes what those before it have done, or stands behind one that must be last."""
     places = dict(_places(modules))
     for index, module in enumerate(modules):
+        if module.must_be_last and index + 1 < len(modules):
+            raise OptionError(
+                f"{places[id(module)]} must be the last one: it makes the whole step, with its own lr, and "
+                f"{type(modules[index + 1]).__name__} behind it would make another one. Put other modules in front of it"
+            )
         in_vain = next((earlier for earlier in modules[:index] if isinstance(earlier, Rule)), None)
         if module.replaces_update and in_vain is not None:
             raise OptionError(

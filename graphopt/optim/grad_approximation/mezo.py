@@ -76,7 +76,7 @@ class MeZO(GradApproximator):
         options = {"n_samples": n_samples, "formula": formula, "distribution": distribution, "seed": seed}
         own_lr = {} if lr is None else {"lr": lr}  # otherwise the group's ``lr`` belongs to a module that follows
         super().__init__({"h": h, **options, "perturb": perturb, **own_lr}, target=target)
-        self.is_learning_rate = lr is not None  # type: ignore[misc]
+        self.is_learning_rate = self.must_be_last = lr is not None  # type: ignore[misc]
         self._step_seed: int | None = None
         self._lengths: list[float] = []
 

@@ -113,7 +113,8 @@ def test_numbers_out_of_range(cls, name):
             build(cls, **{name: value})
         params = make_params(SHAPES)
         module = build(cls)
-        optimizer = Modular(params[:1], module, m.ClipValue(2.0), m.Adam())
+        others = [] if module.must_be_last else [m.ClipValue(2.0), m.Adam()]
+        optimizer = Modular(params[:1], module, *others)
         (entry,) = [entry for entry in optimizer._named if entry.module is module]
         key = entry.keys[name]
         text = re.escape(f"{entry.place}: {key}={value!r} in a parameter group; expected a number in {bounds}")
@@ -505,3 +506,10 @@ def test_modules_of_an_optimizer_that_was_refused_are_free():
     with pytest.raises(TypeError):
         Modular([1, 2], *modules)
     Modular(params, *modules)
+
+
+@pytest.mark.parametrize("make", [m.ASGD, m.Prodigy, m.ScheduleFree, lambda: m.MeZO(lr=0.1)])
+def test_what_must_be_last_is_followed_by_nothing(make):
+    with pytest.raises(OptionError, match=r"module 1 of 2, \w+ must be the last one.*LR behind it"):
+        Modular(make_params(SHAPES), make(), m.LR(0.1))
+    Modular(make_params(SHAPES), make())

@@ -6,7 +6,7 @@ from torch import nn
 
 from graphopt import annotations
 from graphopt.optim import Modular, m
-from tests.optim.examples import NAMES, RESIDUALS, make, residuals_of
+from tests.optim.examples import NAMES, RESIDUALS, make, residuals_of, with_rate
 from tests.optim.test_ways_and_faces import loss_of, make_params, needs_closure
 from tests.optim.training import set_gradients
 
@@ -53,8 +53,8 @@ def test_every_module_as_on_the_cpu(name, options):
     others = on_gpu(params)
     torch.manual_seed(0)
     optimizers = [
-        Modular(params, make(name), m.LR(0.01), foreach=False),
-        Modular(others, make(name), m.LR(0.01), **options),
+        Modular(params, with_rate(make(name), 0.01), foreach=False),
+        Modular(others, with_rate(make(name), 0.01), **options),
     ]
 
     def step(params, optimizer):

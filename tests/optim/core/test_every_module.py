@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from graphopt.optim import Modular, m
-from tests.optim.examples import MATRICES_ONLY, NAMES, RESIDUALS, is_matrix, residuals_of
+from tests.optim.examples import MATRICES_ONLY, NAMES, RESIDUALS, is_matrix, residuals_of, with_rate
 from tests.optim.examples import make as make_example
 from tests.optim.training import set_gradients
 
@@ -26,7 +26,7 @@ def models():
 
 
 def make(model, name):
-    return Modular(model, build(name), m.LR(0.01))
+    return Modular(model, with_rate(build(name), 0.01))
 
 
 def needs_closure(optimizer):

@@ -9,7 +9,7 @@ from torch import nn
 from graphopt.errors import NonFiniteError, UnsupportedError
 from graphopt.optim import Modular, m
 from tests.optim.core.test_every_module import build
-from tests.optim.examples import NAMES, PUBLIC
+from tests.optim.examples import NAMES, PUBLIC, with_rate
 from tests.optim.training import largest_difference, make_params, set_gradients, train
 from tests.runtime import processes
 
@@ -128,7 +128,7 @@ def _differences(rank, names):
     for name in names:
         whole = make_params([(4, 3), (1,)])
         sharded = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in whole]
-        optimizers = [Modular(params, build(name), m.LR(0.05)) for params in (whole, sharded)]
+        optimizers = [Modular(params, with_rate(build(name), 0.05)) for params in (whole, sharded)]
         if any(entry.module.needs_closure or entry.module.reads for entry in optimizers[0]._named):
             continue
         for seed in range(2):

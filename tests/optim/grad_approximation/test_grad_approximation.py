@@ -9,6 +9,7 @@ from graphopt.errors import ClosureError, ModuleError, NonFiniteError, OptionErr
 from graphopt.optim import GradApproximator, Modular, m
 from graphopt.optim.core.transform import Step, chain
 from tests.optim.catalogue import accepts
+from tests.optim.examples import with_rate
 from tests.optim.problems import Problem, booth, in_plane, rosenbrock, steps_until
 
 DEGREE_AND_CALLS = {  # of the polynomials that are exact; evaluations for three elements
@@ -162,7 +163,7 @@ def test_parameters_come_back_bit_for_bit():
             m.ForwardGradient(seed=0),
         ]
         for module in modules:
-            optimizer = Modular([param], module, m.LR(0.0))
+            optimizer = Modular([param], with_rate([module], 0.0))
             for _ in range(20):
                 optimizer.step(lambda backward=True, param=param: (param.float() ** 2).sum())
             assert torch.equal(param.detach(), start)
